@@ -13,13 +13,15 @@ from grpo_safe.config import SCHEMAS
 from grpo_safe.errors import UserError
 
 # A word per closed choice: (key, allowed values). Checked when a config is composed, before anything is loaded.
-CHOICES: list[tuple[str, tuple[str, ...]]] = [
+CHOICES: list[tuple[str, tuple[bool | str, ...]]] = [
     ("launch.strategy", ("single", "zero1", "zero2", "zero3", "zero3_offload")),
     ("launch.device", ("auto", "cpu", "cuda")),
     ("tracking.kind", ("local", "wandb")),
     ("tracking.mode", ("online", "offline")),
     ("optim.schedule", ("constant", "linear", "cosine")),
     ("backbone.dtype", ("float32", "bfloat16")),
+    ("backbone.gradient_checkpointing", (False, "selective", True)),
+    ("policy.gradient_checkpointing", (False, "selective", True)),
     ("policy.dtype", ("float32", "bfloat16")),
     ("export.dtype", ("float32", "bfloat16")),
     ("dtype", ("float32", "bfloat16")),
@@ -71,7 +73,7 @@ def validated(command: str, composed: DictConfig) -> DictConfig:
     for key, allowed in CHOICES:
         value = OmegaConf.select(cfg, key)
         if value is not None and value not in allowed:
-            raise UserError(f"{key}={value}: expected one of {', '.join(allowed)}")
+            raise UserError(f"{key}={value}: expected one of {', '.join(str(word).lower() for word in allowed)}")
     for key in POSITIVE:
         value = OmegaConf.select(cfg, key)
         if value is not None and not value > 0:

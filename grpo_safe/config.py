@@ -114,7 +114,7 @@ class BackboneConfig:
     dtype: str = "float32"  # float32 | bfloat16: of the forward pass; trained weights stay float32
     attn_implementation: str = "sdpa"
     max_length: int = 256  # tokens of prompt and response; the prompt's left side goes first
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | str = False  # false | true | selective, as policy.gradient_checkpointing
     dropout: float | None = None  # null: the backbone's own
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(enabled=False))
 
@@ -142,7 +142,9 @@ class PolicyConfig:
     system_prompt: str | None = "You are a helpful, honest and harmless assistant."  # null: none is sent
     dtype: str = "float32"  # float32 | bfloat16
     attn_implementation: str = "sdpa"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | str = (
+        False  # false | selective: keep matrix products, recompute the rest | true: keep layers' inputs
+    )
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 

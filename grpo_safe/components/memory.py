@@ -122,7 +122,7 @@ class PolicyMemory:
     strategy: str
     processes: int
     lora: bool
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | str
     cache_stays: bool = False  # rollout.cuda_graphs: what graphs read stays at its address, also in the update
 
     @property
@@ -157,7 +157,7 @@ class PolicyMemory:
 
 def policy_memory(
     shape: ModelShape, *, lora_rank: int | None, strategy: str, processes: int, weight_bytes: int,
-    gradient_checkpointing: bool, micro_batch_tokens: int, rows_at_once: int, prompt_tokens: int, new_tokens: int,
+    gradient_checkpointing: bool | str, micro_batch_tokens: int, rows_at_once: int, prompt_tokens: int, new_tokens: int,
     kl: bool, reward_model_gb: float, packed: bool = False, cache_stays: bool = False,
 ) -> PolicyMemory:  # fmt: skip
     """Memory of a train-policy run on each of `processes` devices.
@@ -238,7 +238,7 @@ def warning(memory: PolicyMemory, device_gb: float) -> str | None:
     )
 
 
-def _token_activations(shape: ModelShape, weight_bytes: int, gradient_checkpointing: bool, float32_adapters: bool) -> float:
+def _token_activations(shape: ModelShape, weight_bytes: int, gradient_checkpointing: bool | str, float32_adapters: bool) -> float:
     """Bytes that a token leaves in the layers until the backward pass, at its worst moment."""
     q = shape.heads * shape.head_dim
     norms = 2 * shape.hidden * (4 + 2 * weight_bytes)  # the input in float32, the normalized input, the output
@@ -248,9 +248,15 @@ def _token_activations(shape: ModelShape, weight_bytes: int, gradient_checkpoint
     if float32_adapters:  # each adapter casts its input; the copy is kept, three inputs of linear layers are not
         casts = sum(inputs for inputs, _ in shape.linears)
         layer += 4 * casts - weight_bytes * (2 * shape.hidden + shape.intermediate)
-    if gradient_checkpointing:  # each layer's input, and one layer recomputed
-        return shape.layers * shape.hidden * weight_bytes + (1 + IN_FLIGHT) * layer
-    return (shape.layers + IN_FLIGHT) * layer
+    if not gradient_checkpointing:
+        return (shape.layers + IN_FLIGHT) * layer
+    kept = shape.hidden * weight_bytes  # each layer's input, and one layer recomputed
+    if (
+        gradient_checkpointing == "selective"
+    ):  # models.KEPT: each product's result (an adapter's beside its layer's) and attention's
+        products = sum(outputs for _, outputs in shape.linears)
+        kept += (products + q) * weight_bytes + (4 * products if float32_adapters else 0)
+    return shape.layers * kept + (1 + IN_FLIGHT) * layer
 
 
 def _logit_elements(shape: ModelShape, tokens: int, packed: bool, lora: bool) -> int:
@@ -270,6 +276,8 @@ def _buffer_elements(shape: ModelShape, strategy: str) -> int:
 def _remedy(memory: PolicyMemory, part: str) -> str:
     """What lowers a part."""
     if part == "activations" and not memory.gradient_checkpointing:
+        return "policy.gradient_checkpointing=selective (about half of them stays), or =true (almost none)"
+    if part == "activations" and memory.gradient_checkpointing == "selective":
         return "policy.gradient_checkpointing=true"
     if part in ("gradients", "optimizer", "reference"):
         return _shard(memory)

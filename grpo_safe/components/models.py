@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from grpo_safe.components import embedded
 from grpo_safe.config import BackboneConfig, LoraConfig, PolicyConfig, SamplingConfig
@@ -96,6 +98,33 @@ def weight_bytes_of(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
 
 
+# What the selective kind of checkpointing keeps: results of matrix products and of attention. The rest (norms, activation functions, rotary
+# embedding, copies) is more than half of what a layer would keep, and cheap to compute once more.
+KEPT = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
+
+
+def checkpoint_activations(model: Any, how: bool | str) -> None:
+    """What the layers of a transformers model keep for the backward pass: False all, True their inputs alone, "selective" KEPT.
+
+    Called after add_lora.
+    """
+    if not how:
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if how == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    model.disable_input_require_grads()  # only a reentrant checkpoint needs gradients of the embeddings' output
+
+
 # --- the policy -------------------------------------------------------------------------------------------------------
 
 
@@ -105,11 +134,9 @@ def load_policy(start: Start, cfg: PolicyConfig, master_weights: bool) -> nn.Mod
     master_weights: load in float32, because what trains must not be rounded to bfloat16 after each small step.
     """
     model = load_causal_lm(start, "float32" if master_weights else cfg.dtype, cfg.attn_implementation)
-    if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if cfg.lora.enabled:
-            model.enable_input_require_grads()
-    return add_lora(model, cfg.lora, "CAUSAL_LM") if cfg.lora.enabled else model
+    adapted = add_lora(model, cfg.lora, "CAUSAL_LM") if cfg.lora.enabled else model
+    checkpoint_activations(adapted, cfg.gradient_checkpointing)
+    return adapted
 
 
 def load_causal_lm(start: Start, dtype: str, attn_implementation: str = "sdpa") -> Any:
@@ -220,11 +247,9 @@ def load_backbone(start: Start, cfg: BackboneConfig, objectives: list[str], pad_
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{start.name}: cannot be loaded as a sequence classifier ({str(error).splitlines()[0]:.160})") from error
-    if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if cfg.lora.enabled:
-            model.enable_input_require_grads()
-    return add_lora(model, cfg.lora, "SEQ_CLS") if cfg.lora.enabled else model
+    adapted = add_lora(model, cfg.lora, "SEQ_CLS") if cfg.lora.enabled else model
+    checkpoint_activations(adapted, cfg.gradient_checkpointing)
+    return adapted
 
 
 def head_layer(model: nn.Module) -> nn.Linear:

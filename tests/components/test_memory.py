@@ -111,6 +111,19 @@ def test_sampling_and_update_by_hand() -> None:
     assert memory_of(gradient_checkpointing=False).activations > 10 * memory.activations
 
 
+def test_selective_checkpointing_by_hand() -> None:
+    # a layer keeps its input (3584), the results of q, k, v, o, gate, up and down, and of attention; one layer and a quarter are whole
+    kept = 3584 + (3584 + 512 + 512 + 3584 + 18_944 + 18_944 + 3584) + 3584
+    whole = 2 * 3584 * (4 + 2 * 2) + 5 * 3584 * 2 + 4 * 18_944 * 2
+    found = memory_of(gradient_checkpointing="selective")
+    assert found.activations == pytest.approx(8192 * (28 * kept * 2 + 1.25 * whole) / 1e9)
+    everything = memory_of(gradient_checkpointing=False).activations
+    assert 0.4 < found.activations / everything < 0.6
+    single = {"strategy": "single", "processes": 1}
+    adapted = memory_of(gradient_checkpointing="selective", **single), memory_of(gradient_checkpointing=False, **single)
+    assert found.activations < adapted[0].activations < adapted[1].activations
+
+
 def test_a_cache_that_graphs_read_stays_during_the_update() -> None:
     freed, stays = memory_of(), memory_of(cache_stays=True)
     assert stays.update == pytest.approx(freed.update + freed.kv_cache) and stays.sampling == freed.sampling
@@ -151,7 +164,13 @@ def test_a_run_that_fits_warns_of_nothing() -> None:
     ("changes", "device_gb", "part", "key"),
     [
         ({"micro_batch_tokens": 32_768}, 80, "logits", "train.micro_batch_tokens"),
-        ({"gradient_checkpointing": False}, 80, "activations", "policy.gradient_checkpointing=true"),
+        ({"gradient_checkpointing": False}, 80, "activations", "policy.gradient_checkpointing=selective"),
+        (
+            {"gradient_checkpointing": "selective", "micro_batch_tokens": 32_768, "packed": True},
+            80,
+            "activations",
+            "policy.gradient_checkpointing=true",
+        ),
         ({"rows_at_once": 1024}, 80, "kv_cache", "sampling.batch_size"),
         ({"lora_rank": None, "processes": 2}, 80, "optimizer", "launch=zero3, or policy.lora.enabled=true"),
         ({"lora_rank": None, "strategy": "single", "processes": 1}, 80, "optimizer", "launch=zero3_offload"),

@@ -140,14 +140,40 @@ def test_lora_with_and_without_its_adapter(entropy):
     assert ((found - adapted) * mask).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma", "gpt2"])
+@pytest.mark.parametrize("how", ["selective", True])
 @pytest.mark.parametrize("lora", [True, False])
-def test_gradient_checkpointing(lora):
-    model = small("llama").train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if lora:
-        model.enable_input_require_grads()
-        model = models.add_lora(model, LoraConfig(r=4), "CAUSAL_LM").to(torch.float64)
-    assert_equal(model, grouped())
+def test_gradient_checkpointing(name, how, lora):
+    results, ran = [], []
+    for way in (False, how):
+        model = small(name).train()
+        if lora:
+            torch.manual_seed(2)
+            model = models.add_lora(model, LoraConfig(r=4), "CAUSAL_LM").to(torch.float64)
+        models.checkpoint_activations(model, way)
+        assert_equal(model, grouped())
+        with Ran() as seen:
+            results.append(passed(PackedForward(model), grouped(), "detached"))
+        ran.append(seen)
+    (logps, _, gradients), (again, _, gradients_again) = results
+    assert torch.equal(logps, again)
+    assert gradients.keys() == gradients_again.keys()
+    assert all(torch.equal(g, gradients_again[n]) for n, g in gradients.items())
+    assert (ran[1].products > ran[0].products) == (how is True)  # selective computes no product twice,
+    assert ran[1].others > ran[0].others  # but it computes something twice
+
+
+class Ran(TorchDispatchMode):
+    """Counts matrix products and attention, and norms and activation functions, that are really executed."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = self.others = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.products += func in models.KEPT
+        self.others += func in (torch.ops.aten.rsqrt.default, torch.ops.aten.silu.default, torch.ops.aten.tanh.default)
+        return func(*args, **(kwargs or {}))
 
 
 def test_bfloat16_is_as_close_to_float64_as_the_plain_path():

@@ -113,6 +113,7 @@ def test_ratio_is_one_and_the_sampler_agrees_before_the_first_update(tiny_store:
     ("policy.lora.enabled=false",),
     ("algo.kl_coef=0", "algo.entropy_coef=0.01"),
     ("policy.gradient_checkpointing=true",),
+    ("policy.gradient_checkpointing=selective", "policy.lora.enabled=false"),
     ("policy.dtype=bfloat16", "reward_model_dtype=bfloat16"),
     ("policy.dtype=bfloat16", "policy.lora.enabled=false"),
     ("rollout=generate", "sampling.top_p=0.9"),

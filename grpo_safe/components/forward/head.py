@@ -63,7 +63,7 @@ class _Gradients:
         if self.hidden is not None:
             self.hidden[rows] = low @ weight
         if self.weight is not None:
-            self.weight += low.T @ hidden[rows]
+            _add_product(self.weight, low.T, hidden[rows])
         if self.bias is not None:
             self.bias += grad_logits.sum(0)
 
@@ -115,13 +115,14 @@ class _ChunkedLogps(torch.autograd.Function):
         gradients = _Gradients(ctx.needs_input_grad, hidden, weight, bias, grad_logps.dtype)
         for rows in _chunks(hidden, weight):
             log_probs = _log_softmax(hidden[rows], weight, bias, ctx.temperature)
-            probs = log_probs.exp()
-            spread = probs * (log_probs + entropies[rows, None]) if ctx.kept else None  # -d H / d logits
+            surprise = log_probs + entropies[rows, None] if ctx.kept else None
+            probs = log_probs.exp_()
+            spread = probs * surprise if surprise is not None else None  # -d H / d logits
             grad_logits = _towards(targets[rows], probs).mul_(grad_logps[rows, None] / ctx.temperature)
             if spread is not None:
                 grad_logits -= spread.mul_(grad_entropies[rows, None] / ctx.temperature)
             gradients.add(rows, grad_logits, hidden, weight)
-            del log_probs, probs, spread, grad_logits
+            del log_probs, surprise, probs, spread, grad_logits
         return *gradients.of(weight.dtype), None, None, None
 
 
@@ -173,6 +174,14 @@ def _log_softmax(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     if temperature != 1.0:
         logits /= temperature
     return logits.log_softmax(1)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a b, without a second tensor of its size where all are of one dtype."""
+    if a.dtype == b.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def _towards(targets: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
