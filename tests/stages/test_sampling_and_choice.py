@@ -59,7 +59,7 @@ def collected(patch, rt: Runtime, ties: set[str], rounds: int = 3):
     method = build_method(cfg.algo, Objectives(["safety"], [1.0], [0], [None]), {}, 8)
     prompts = [Prompt(f"p{i}", ()) for i in range(PROMPTS)]
     s: Any = SimpleNamespace(
-        rt=rt, prompts=prompts, prompt_ids=[[1]] * PROMPTS, tokenizer=SimpleNamespace(pad_token_id=0), objectives=None, reward_model=None,
+        rt=rt, read=SimpleNamespace(prompts=prompts, prompt_ids=[[1]] * PROMPTS), tokenizer=SimpleNamespace(pad_token_id=0), objectives=None, reward_model=None,
         trainable=SimpleNamespace(gathered=lambda: nullcontext()), method=method, engine=None,
     )  # fmt: skip
     rollout, scores, drawn = collecting.collect(cfg, s, 1, torch.ones(1), {}, Stopwatch())
@@ -101,7 +101,7 @@ def judged(patch, rt: Runtime, values: list[list[float]], mask: list[list[bool]]
     patch.setattr(finishing, "score", fake_score)
     n = len(values)
     s: Any = SimpleNamespace(
-        rt=rt, validation=[Prompt(str(i), ()) for i in range(n)], validation_ids=[[1]] * n, tokenizer=None, reward_model=None,
+        rt=rt, read=SimpleNamespace(validation=[Prompt(str(i), ()) for i in range(n)], validation_ids=[[1]] * n), tokenizer=None, reward_model=None,
         objectives=Objectives(["safety", "charm"], [1.0, 1.0], [0, None], [None, None]),
         trainable=SimpleNamespace(gathered=lambda: nullcontext()), engine=None,
         method=SimpleNamespace(slots=SimpleNamespace(limits=[Limit(0, 0.5), Limit(1, 0.5, 0.9)]), spoken=list),

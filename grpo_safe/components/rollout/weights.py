@@ -2,7 +2,8 @@
 
 Decoding multiplies a few rows by every weight at every token. oneDNN's blocked layout does that 1.6 times as fast as the row-major layout that
 training needs (one Zen 4 core, 16 rows, float32), and packing costs about as much as three tokens. A LoRA layer is packed with its adapter
-merged, which saves its three small products; the sum is made in the packed copy, so what trains is never touched.
+merged, which saves its three small products; the sum is made in the packed copy, so what trains is never touched. Layers that read one input
+(queries, keys and values; gate and up) are packed as one matrix: seven products a layer become four, 12% less time on two cores.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 ROWS_HINT = 64  # the blocking that oneDNN picks for this many rows was the best, or near it, from 1 to 512 rows
+ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # as most architectures call them
 Adapters = dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]]  # (layer, adapter) -> A' [in, r], s B' [r, out]
 
 
 @contextmanager
 def packed_linears(model: nn.Module) -> Iterator[None]:
     """Inside, every float32 linear layer on the CPU multiplies by a packed copy of its weight, its LoRA adapter merged. No gradients."""
-    with _replaced((layer, _packed(weight, bias, layer.forward)) for layer, weight, bias in _packable(model)):
+    with _replaced(part for layers in _packable(model) for part in _packed(layers)):
         yield
 
 
@@ -79,32 +81,59 @@ def _thin(name: str, layer: Any, kept: Adapters) -> Callable[[torch.Tensor], tor
     return forward
 
 
-def _packed(
-    weight: torch.Tensor, bias: torch.Tensor | None, plain: Callable[[torch.Tensor], torch.Tensor]
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """x [..., in] -> x W' + b [..., out] with the weight [out, in] packed; under autocast, which multiplies in bfloat16, the layer as it is."""
-    blocked = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
+def _packed(layers: list[nn.Module]) -> list[tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]]:
+    """Layers that read one input, each with a forward x [..., in] -> x W' + b [..., out]; under autocast, which multiplies in bfloat16, its own.
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled("cpu"):
-            return plain(x)
-        return torch.ops.mkldnn._linear_pointwise(x, blocked, bias, "none", [], "")
+    The weights are packed as one matrix. The first of them that meets a tensor multiplies for all, and the last lets the results go.
+    """
+    weights, biases = zip(*(_weight_and_bias(layer) for layer in layers), strict=True)
+    sizes = [len(weight) for weight in weights]
+    blocked = torch.ops.mkldnn._reorder_linear_weight(weights[0] if len(weights) == 1 else torch.cat(weights), ROWS_HINT)
+    bias = None
+    if any(b is not None for b in biases):
+        bias = torch.cat([weights[0].new_zeros(n) if b is None else b for n, b in zip(sizes, biases, strict=True)])
+    met: dict[int, torch.Tensor] = {}  # layer -> its result for `seen`
+    seen: list[torch.Tensor] = []
 
-    return forward
+    def forward_of(number: int, plain: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if torch.is_autocast_enabled("cpu"):
+                return plain(x)
+            if number not in met or seen[0] is not x:
+                together = torch.ops.mkldnn._linear_pointwise(x, blocked, bias, "none", [], "")
+                met.update(enumerate(together.split(sizes, -1)))
+                seen[:] = [x]
+            result = met.pop(number)
+            if not met:
+                seen.clear()
+            return result
+
+        return forward
+
+    return [(layer, forward_of(i, layer.forward)) for i, layer in enumerate(layers)]
 
 
-def _packable(module: nn.Module) -> Iterator[tuple[nn.Module, torch.Tensor, torch.Tensor | None]]:
-    """(layer, weight, bias) of each layer that can be packed; weights of LoRA layers are made one at a time."""
+def _packable(module: nn.Module) -> Iterator[list[nn.Module]]:
+    """Layers that can be packed, those that read one input together."""
     if not torch.backends.mkldnn.is_available():
         return
-    if _mergeable(module):
-        base = module.get_base_layer()  # type: ignore[operator]
-        yield module, merged(module, base.weight.detach()), _detached(base.bias)
-    elif _plain(module):
-        yield module, module.weight.detach(), _detached(module.bias)  # type: ignore[union-attr, operator, arg-type]
-    else:
-        for child in module.children():
-            yield from _packable(child)
+    if _mergeable(module) or _plain(module):
+        yield [module]
+        return
+    children = dict(module.named_children())
+    for names in ONE_INPUT:
+        if all(_mergeable(children.get(name)) or _plain(children.get(name)) for name in names):
+            yield [children.pop(name) for name in names]
+    for child in children.values():
+        yield from _packable(child)
+
+
+def _weight_and_bias(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[out, in] and [out]; of a LoRA layer, made anew with the adapter merged."""
+    if not _mergeable(layer):
+        return layer.weight.detach(), _detached(layer.bias)
+    base = layer.get_base_layer()
+    return merged(layer, base.weight.detach()), _detached(base.bias)
 
 
 def _detached(bias: torch.Tensor | None) -> torch.Tensor | None:

@@ -34,10 +34,10 @@ def collect(
     parts: list[Scores] = []
     for round_ in range(cfg.algo.resample_ties + 1):
         seed = cfg.seed if round_ == 0 else derived_seed(cfg.seed, round_)
-        mine = s.rt.share(rows_of_step(len(s.prompts), cfg.train.prompts_per_step, step, seed))
+        mine = s.rt.share(rows_of_step(len(s.read.prompts), cfg.train.prompts_per_step, step, seed))
         with watch("sampling"), s.trainable.gathered() as policy:
             drawn = sample(
-                s.engine, policy, s.tokenizer, [s.prompts[i] for i in mine], [s.prompt_ids[i] for i in mine],
+                s.engine, policy, s.tokenizer, [s.read.prompts[i] for i in mine], [s.read.prompt_ids[i] for i in mine],
                 cfg.algo.group_size, cfg.sampling, seed, step,
             )  # fmt: skip
         with watch("scoring"):
@@ -60,11 +60,11 @@ def collect_given(
     cfg: TrainPolicyConfig, s: Setup, step: int, weights: torch.Tensor, state: State, watch: Stopwatch
 ) -> tuple[Rollout, Scores, int]:
     """This rank's answers of the step, from the data set, scored by the reward model or by their labels."""
-    assert s.given is not None
-    mine = s.rt.share(rows_of_step(len(s.prompts), cfg.train.prompts_per_step, step, cfg.seed))
+    assert s.read.given is not None
+    mine = s.rt.share(rows_of_step(len(s.read.prompts), cfg.train.prompts_per_step, step, cfg.seed))
     with watch("sampling"):
         rollout, rows = given(
-            s.tokenizer, [s.given.answers[i] for i in mine], [s.prompt_ids[i] for i in mine], cfg.algo.group_size,
+            s.tokenizer, [s.read.given.answers[i] for i in mine], [s.read.prompt_ids[i] for i in mine], cfg.algo.group_size,
             cfg.sampling.max_new_tokens, cfg.seed, step,
         )  # fmt: skip
     with watch("scoring"):

@@ -78,9 +78,11 @@ def arranged(cfg: TrainPolicyConfig, s: Setup, rollout: Rollout, batch: TrainBat
     if loss.gae is not None:
         add_critic_advantages(cfg, s, batch, valid, loss.gae)
     if loss.kinds_rate is not None:
-        names = list(s.kinds)
+        names = list(s.read.kinds)
         batch.kinds = torch.tensor([names.index(p.kind) for p in rollout.prompts], device=device)
-        batch.kind_weights = tuple(w / share for w, share in zip(kind_weights(s, found.state), s.kinds.values(), strict=True))
+        batch.kind_weights = tuple(
+            w / share for w, share in zip(kind_weights(s, found.state), s.read.kinds.values(), strict=True)
+        )
     if loss.arrangement is None:
         return batch
     chosen = loss.arrangement(rewards, valid, s.method.slots.group_size)
@@ -91,16 +93,16 @@ def arranged(cfg: TrainPolicyConfig, s: Setup, rollout: Rollout, batch: TrainBat
 
 def kind_weights(s: Setup, state: State) -> list[float]:
     """Weights of the prompt kinds, equal at first."""
-    return [state.get("kinds", {}).get(name, 1 / len(s.kinds)) for name in s.kinds]
+    return [state.get("kinds", {}).get(name, 1 / len(s.read.kinds)) for name in s.read.kinds]
 
 
 def followed(s: Setup, state: State, update_sums: dict[str, float]) -> State:
     """The state of the next step: weights of prompt kinds after what the update said of their losses."""
     if s.method.loss.kinds_rate is None:
         return state
-    losses = [update_sums[f"kind/{g}"] / update_sums["passes"] for g in range(len(s.kinds))]
-    weights = raised(kind_weights(s, state), losses, list(s.kinds.values()), s.method.loss.kinds_rate)
-    return state | {"kinds": dict(zip(s.kinds, weights, strict=True))}
+    losses = [update_sums[f"kind/{g}"] / update_sums["passes"] for g in range(len(s.read.kinds))]
+    weights = raised(kind_weights(s, state), losses, list(s.read.kinds.values()), s.method.loss.kinds_rate)
+    return state | {"kinds": dict(zip(s.read.kinds, weights, strict=True))}
 
 
 def add_critic_advantages(

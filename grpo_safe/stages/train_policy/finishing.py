@@ -21,10 +21,10 @@ from grpo_safe.stages.train_policy.setup import Setup
 
 def validate(cfg: TrainPolicyConfig, s: Setup) -> dict[str, float]:
     """Mean score per objective of one completion per validation prompt, always with the same noise."""
-    mine = s.rt.share(list(range(len(s.validation))))
+    mine = s.rt.share(list(range(len(s.read.validation))))
     with s.trainable.gathered() as policy:
         rollout = sample(
-            s.engine, policy, s.tokenizer, [s.validation[i] for i in mine], [s.validation_ids[i] for i in mine], 1, cfg.sampling, cfg.seed, 0
+            s.engine, policy, s.tokenizer, [s.read.validation[i] for i in mine], [s.read.validation_ids[i] for i in mine], 1, cfg.sampling, cfg.seed, 0
         ) if mine else None  # fmt: skip
     parts = torch.zeros(0, len(s.objectives.names))
     if rollout is not None:
@@ -84,9 +84,9 @@ def publish(cfg: TrainPolicyConfig, s: Setup, policy: Any, metrics: dict[str, An
         "metrics": {k: v for k, v in metrics.items() if k.startswith(("score/", "reward/mean", "kl", "validation/", "limit"))},
         "parents": parents + parent_policy(s.start),
         "base": {"start": s.start.name, "revision": cfg.policy.revision},
-        "system_prompt": s.system_prompt,
+        "system_prompt": s.read.system_prompt,
         "states_confidence": s.method.asks_confidence,
-        "data": {"name": cfg.data.name, "licence": cfg.data.licence, "files": s.fingerprints},
+        "data": {"name": cfg.data.name, "licence": cfg.data.licence, "files": s.read.fingerprints},
         "layout": {},
     }
 

@@ -15,13 +15,12 @@ from grpo_safe.components.forward import PROVEN, PackedForward, policy_forward, 
 from grpo_safe.components.method import Method, build_method
 from grpo_safe.components.rewards import Objectives, RewardModel, choose_objectives, open_reward_model
 from grpo_safe.components.rollout import Engine, check_engine, open_engine
-from grpo_safe.components.rollout.dataset import Given
 from grpo_safe.components.runtime import Runtime, Trainable
 from grpo_safe.components.tracking import Tracker
 from grpo_safe.config import TrainPolicyConfig
 from grpo_safe.errors import UserError
-from grpo_safe.records import Extras, Prompt
-from grpo_safe.stages.train_policy.reading import read_prompts
+from grpo_safe.records import Extras
+from grpo_safe.stages.train_policy.reading import Reading, read_prompts
 
 
 @dataclass(frozen=True)
@@ -43,14 +42,7 @@ class Setup:
     method: Method
     policy_config: Any  # of transformers
     extras: Extras  # what the update's forward gives beside log-probs
-    prompts: list[Prompt]
-    prompt_ids: list[list[int]]
-    validation: list[Prompt]
-    validation_ids: list[list[int]]
-    given: Given | None  # the answers of the prompts, under rollout=dataset
-    fingerprints: list[dict[str, Any]]
-    kinds: dict[str, float]  # kind of prompt -> its share of the training prompts
-    system_prompt: str | None  # the configured one, and what the method asks beside it
+    read: Reading  # prompts, and what is known of them
 
 
 def set_up(cfg: TrainPolicyConfig, run_dir: Path) -> Setup:
@@ -116,7 +108,7 @@ def set_up(cfg: TrainPolicyConfig, run_dir: Path) -> Setup:
         f"launch {cfg.launch.strategy} x {rt.world_size}, system prompt {read.system_prompt!r}"
     )
     return Setup(
-        rt, tracker, start, tokenizer, trainable, forward, engine, frozen, moving, found, reward_model, objectives, method, config, extras, **vars(read),
+        rt, tracker, start, tokenizer, trainable, forward, engine, frozen, moving, found, reward_model, objectives, method, config, extras, read,
     )  # fmt: skip
 
 
