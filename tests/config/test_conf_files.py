@@ -155,9 +155,10 @@ def command_with(key: str) -> str:
 
 
 @pytest.mark.parametrize(("key", "allowed"), CHOICES, ids=[key for key, _ in CHOICES])
-def test_closed_choices(key: str, allowed: tuple[str, ...]) -> None:
+def test_closed_choices(key: str, allowed: tuple[bool | str, ...]) -> None:
     command = command_with(key)
-    refused(command, changed(command, **{key: "nonsense"}), f"{key}=nonsense", f"expected one of {', '.join(allowed)}")
+    words = ", ".join({False: "false", True: "true"}.get(word, word) for word in allowed)
+    refused(command, changed(command, **{key: "nonsense"}), f"{key}=nonsense", f"expected one of {words}")
     for word in allowed:
         beside = {"rollout.engine": "dataset"} if (key, word) == ("train.scores", "labels") else {}
         assert OmegaConf.select(validated(command, changed(command, **{key: word}, **beside)), key) == word
