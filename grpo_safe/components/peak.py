@@ -1,28 +1,13 @@
-"""Memory of a process: its peak, whole or of a phase (of the GPU, or on a CPU its resident pages), and freed pages given back."""
+"""Peak memory of a process, whole or of a phase: of the GPU, or on a CPU its resident pages."""
 
 from __future__ import annotations
 
-import ctypes
 import resource
-import sys
 from pathlib import Path
 
 import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc has it
-
-
-def give_back(device: torch.device) -> None:
-    """Hand pages that tensors have left back to the system; nothing on a GPU, or where the C library cannot.
-
-    glibc keeps them, and small tensors that outlive their neighbours keep the next micro-batch's large ones from fitting in: without this,
-    two micro-batches of equal size once held half as much again as one.
-    """
-    if device.type == "cpu" and TRIM is not None:
-        TRIM(0)
 
 
 def peak_memory_gb(device: torch.device) -> float:

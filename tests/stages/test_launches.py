@@ -48,7 +48,7 @@ def store(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("strategy", "words"), [
     ("zero2", ()),
-    ("zero3", ("policy.lora.enabled=false",)),
+    ("zero3", ("policy.lora.enabled=false", "policy.gradient_checkpointing=selective")),
     pytest.param("zero3", (), marks=pytest.mark.slow),
     pytest.param("zero1", (), marks=pytest.mark.slow),
     pytest.param("zero2", ("policy.lora.enabled=false", "algo.minibatches=2", "algo.updates_per_rollout=2"), marks=pytest.mark.slow),

@@ -11,7 +11,6 @@ from grpo_safe.algorithm.mismatch import mismatch
 from grpo_safe.algorithm.order import derived_seed
 from grpo_safe.algorithm.schedule import learning_rate
 from grpo_safe.components.forward import micro_batches, policy_outputs
-from grpo_safe.components.peak import give_back
 from grpo_safe.components.runtime import Runtime
 from grpo_safe.config import TrainPolicyConfig
 from grpo_safe.records import TrainBatch
@@ -46,7 +45,6 @@ def update(cfg: TrainPolicyConfig, s: Setup, batch: TrainBatch, loss: Loss, step
                 largest_gap = torch.maximum(largest_gap, real * gap.float().cpu())
                 if learns:
                     s.trainable.backward(value * real, last=i == rounds - 1)
-                    give_back(rt.device)
                 for name, figure in sums.items():
                     totals[name] = totals.get(name, torch.zeros(())) + real * figure.float().cpu()
         optimizer_step = (step - 1) * per_step + number + 1
