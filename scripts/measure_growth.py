@@ -161,8 +161,9 @@ def figure(points: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    drawn, panels = plt.subplots(2, len(AXES), figsize=(14, 6), sharex="col")
-    for column, (label, axis) in zip(panels.T, AXES.items(), strict=True):
+    varied = {label: axis for label, axis in AXES.items() if len(along(points, axis)) > 1} or AXES
+    drawn, panels = plt.subplots(2, len(varied), figsize=(3.5 * len(varied), 6), sharex="col", squeeze=False)
+    for column, (label, axis) in zip(panels.T, varied.items(), strict=True):
         own = along(points, axis)
         at = [p[axis] for p in own]
         for name, color in (("step", "black"), ("sampling", "tab:blue"), ("update", "tab:orange"), ("reference", "tab:green")):
