@@ -142,9 +142,7 @@ class PolicyConfig:
     system_prompt: str | None = "You are a helpful, honest and harmless assistant."  # null: none is sent
     dtype: str = "float32"  # float32 | bfloat16
     attn_implementation: str = "sdpa"
-    gradient_checkpointing: bool | str = (
-        False  # false | selective: keep matrix products, recompute the rest | true: keep layers' inputs
-    )
+    gradient_checkpointing: bool | str = False  # false | selective (keeps matrix products) | true (keeps layers' inputs)
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 

@@ -250,7 +250,7 @@ def cell(
     whole = rows * (args.prompt_tokens + args.new_tokens)
     job = Job(
         folder, store, start, tuning, args.prompt_tokens, args.new_tokens, args.group_size, args.prompts, HEADS, args.steps, "callable",
-        ours=(f"launch.device={args.device}", "policy.gradient_checkpointing=false", f"train.micro_batch_tokens={whole}", f"sampling.batch_size={rows}"),
+        ours=(f"launch.device={args.device}", f"train.micro_batch_tokens={whole}", f"sampling.batch_size={rows}"),
     )  # fmt: skip
     print(
         f"{model}, {tuning}, {args.prompt_tokens}-token prompts, {args.new_tokens} new, {args.prompts} x G={args.group_size}",

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 LEARNING_RATE = {"lora": 1e-4, "full": 1e-5}
-CHECKPOINTING = {"lora": "false", "full": "selective"}  # ours; the aim is half of TRL's time in .6 of its memory (docs/speed.md)
 KL_COEF, SYSTEM_PROMPT = 0.04, "You are a helpful, honest and harmless assistant."
 WORDS = "tell me how people keep safe and calm when things at home or at work go wrong and nobody is there to help"
 
@@ -180,8 +179,7 @@ def our_config(job: Job) -> Any:
         f"data.train={job.folder / 'prompts.jsonl'}", f"data.validation={job.folder / 'prompts.jsonl'}",
         f"algo.group_size={job.group_size}", f"algo.kl_coef={KL_COEF}", "algo.tie_spread=0", f"train.steps={job.steps}",
         f"train.prompts_per_step={job.prompts}", f"sampling.max_new_tokens={job.new_tokens}", "train.save_every=null",
-        f"optim.lr={LEARNING_RATE[job.tuning]}", "optim.warmup=0", f"policy.dtype={job.dtype}",
-        f"policy.gradient_checkpointing={CHECKPOINTING[job.tuning]}", *job.ours,
+        f"optim.lr={LEARNING_RATE[job.tuning]}", "optim.warmup=0", f"policy.dtype={job.dtype}", *job.ours,
     ]  # fmt: skip
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
         cfg = compose(config_name=STAGES["train-policy"], overrides=prepared_overrides("train-policy", words))

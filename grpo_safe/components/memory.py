@@ -251,9 +251,8 @@ def _token_activations(shape: ModelShape, weight_bytes: int, gradient_checkpoint
     if not gradient_checkpointing:
         return (shape.layers + IN_FLIGHT) * layer
     kept = shape.hidden * weight_bytes  # each layer's input, and one layer recomputed
-    if (
-        gradient_checkpointing == "selective"
-    ):  # models.KEPT: each product's result (an adapter's beside its layer's) and attention's
+    if gradient_checkpointing == "selective":
+        # models.KEPT: each product's result (an adapter's beside its layer's) and attention's
         products = sum(outputs for _, outputs in shape.linears)
         kept += (products + q) * weight_bytes + (4 * products if float32_adapters else 0)
     return shape.layers * kept + (1 + IN_FLIGHT) * layer

@@ -114,7 +114,7 @@ KEPT = [
 def checkpoint_activations(model: Any, how: bool | str) -> None:
     """What the layers of a transformers model keep for the backward pass: False all, True their inputs alone, "selective" KEPT.
 
-    Called after add_lora.
+    Called after add_lora, which asks a model that checkpoints for gradients of the embeddings' output; only a reentrant checkpoint needs them.
     """
     if not how:
         return
@@ -122,7 +122,7 @@ def checkpoint_activations(model: Any, how: bool | str) -> None:
     if how == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    model.disable_input_require_grads()  # only a reentrant checkpoint needs gradients of the embeddings' output
+    model.disable_input_require_grads()  # transformers asks for them too
 
 
 # --- the policy -------------------------------------------------------------------------------------------------------

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from operations import Counting, Largest
 from test_forward import VOCAB, batch_of, tiny
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo_safe.components import models
@@ -140,6 +139,13 @@ def test_lora_with_and_without_its_adapter(entropy):
     assert ((found - adapted) * mask).abs().max() > 1e-3
 
 
+CHEAP = (
+    torch.ops.aten.rsqrt.default,
+    torch.ops.aten.silu.default,
+    torch.ops.aten.tanh.default,
+)  # of norms and activation functions
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma", "gpt2"])
 @pytest.mark.parametrize("how", ["selective", True])
 @pytest.mark.parametrize("lora", [True, False])
@@ -152,28 +158,16 @@ def test_gradient_checkpointing(name, how, lora):
             model = models.add_lora(model, LoraConfig(r=4), "CAUSAL_LM").to(torch.float64)
         models.checkpoint_activations(model, way)
         assert_equal(model, grouped())
-        with Ran() as seen:
+        with Counting() as seen:
             results.append(passed(PackedForward(model), grouped(), "detached"))
         ran.append(seen)
     (logps, _, gradients), (again, _, gradients_again) = results
     assert torch.equal(logps, again)
     assert gradients.keys() == gradients_again.keys()
     assert all(torch.equal(g, gradients_again[n]) for n, g in gradients.items())
-    assert (ran[1].products > ran[0].products) == (how is True)  # selective computes no product twice,
-    assert ran[1].others > ran[0].others  # but it computes something twice
-
-
-class Ran(TorchDispatchMode):
-    """Counts matrix products and attention, and norms and activation functions, that are really executed."""
-
-    def __init__(self):
-        super().__init__()
-        self.products = self.others = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.products += func in models.KEPT
-        self.others += func in (torch.ops.aten.rsqrt.default, torch.ops.aten.silu.default, torch.ops.aten.tanh.default)
-        return func(*args, **(kwargs or {}))
+    products, others = ([seen.of(*functions) for seen in ran] for functions in (models.KEPT, CHEAP))
+    assert (products[1] > products[0]) == (how is True)  # selective computes no product twice,
+    assert others[1] > others[0]  # but it computes something twice
 
 
 def test_bfloat16_is_as_close_to_float64_as_the_plain_path():
@@ -278,16 +272,3 @@ def test_memory_of_the_whole_path_does_not_grow_with_the_vocabulary_times_the_co
         assert kept[4000, tokens] == kept[1000, tokens]
         assert plain_kept[4000, tokens] - plain_kept[1000, tokens] >= 4 * 8 * tokens * 3000
     assert kept[1000, 24] < kept[1000, 48] < 4.5 * kept[1000, 24]  # attention's masks grow with the square
-
-
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.elements = max([self.elements, *(t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor))])
-        return result

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,11 +19,10 @@ from transformers import (
 )
 
 from grpo_safe.algorithm.sampling import completion_noise
-from grpo_safe.components import models, rollout
+from grpo_safe.components import rollout
 from grpo_safe.components.embedded import embedded_folder
 from grpo_safe.components.rollout import Decoded, Engine, end_tokens, engine, generate, left_padded, native
-from grpo_safe.components.rollout.weights import packed_linears
-from grpo_safe.config import LoraConfig, SamplingConfig
+from grpo_safe.config import SamplingConfig
 from grpo_safe.records import Prompt
 
 VOCAB, PAD, G = 61, 0, 3
@@ -311,20 +309,6 @@ def test_lora_is_merged_for_the_rollout_only(shape):
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_packed_linears_pack_what_they_can_and_come_off_after_an_error():
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 9, bias=False), torch.nn.Linear(9, 3).double())
-    x = torch.randn(4, 14)[:, ::2]  # not contiguous
-    with torch.no_grad():
-        expected = [model[0](x), model[1](model[0](x))]
-        with pytest.raises(RuntimeError, match="stop"), packed_linears(model):
-            assert ["forward" in vars(layer) for layer in model] == [True, True, False]
-            assert torch.allclose(model[0](x), expected[0], atol=1e-6)
-            assert torch.allclose(model[1](model[0](x[None]))[0], expected[1], atol=1e-6)
-            raise RuntimeError("stop")
-    assert not any("forward" in vars(layer) for layer in model)
-
-
 def test_double_precision_agrees_to_rounding(llama):
     """Nothing on the way but the log-probs themselves is cut to float32."""
     model = copy.deepcopy(llama).double()
@@ -447,42 +431,3 @@ def test_left_padded_keeps_rows_at_the_right():
     assert ids.tolist() == [[4, 5, 6], [9, 9, 7], [9, 9, 9]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1], [0, 0, 0]]
     assert left_padded([[]], 9)[0].shape == (1, 1)
-
-
-@pytest.mark.parametrize("lora", [True, False])
-def test_layers_of_one_input_are_multiplied_once_and_keep_nothing(lora):
-    model = tiny("qwen2")  # biases on q, k and v alone
-    if lora:
-        model = models.add_lora(model, LoraConfig(r=2), "CAUSAL_LM")
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name or "bias" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-    layers = {name.rsplit(".", 1)[1]: m for name, m in model.named_modules() if ".layers.0." in name and name.endswith("_proj")}
-    assert set(layers) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    a, b = torch.randn(2, 3, 5, layers["q_proj"].in_features)
-    made = []
-    with torch.no_grad():
-        expected = {name: [layers[name](x) for x in (a, b)] for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")}
-        with packed_linears(model), CountProducts(made):
-            for order in (("q_proj", "k_proj", "v_proj"), ("v_proj", "q_proj", "k_proj"), ("up_proj", "gate_proj")):
-                for number, x in enumerate(
-                    (a, b, a)
-                ):  # a tensor that comes again is multiplied again: it may have been written to
-                    for name in order:
-                        assert torch.allclose(layers[name](x), expected[name][number % 2], atol=1e-5)
-            assert len(made) == 9
-            for name, x, number in (("q_proj", a, 0), ("q_proj", b, 1), ("k_proj", a, 0), ("k_proj", b, 1), ("v_proj", b, 1)):
-                assert torch.allclose(layers[name](x), expected[name][number], atol=1e-5)  # not all read one tensor
-
-
-class CountProducts(TorchDispatchMode):
-    """An entry for each packed product."""
-
-    def __init__(self, made):
-        super().__init__()
-        self.made = made
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.mkldnn._linear_pointwise.default:
-            self.made.append(1)
-        return func(*args, **(kwargs or {}))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from operations import Largest
 from test_forward import VOCAB, plain_logits
-from test_packed_forward import Largest, grouped, small
+from test_packed_forward import grouped, small
 from torch import nn
 
 from grpo_safe.components import models
