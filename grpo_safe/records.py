@@ -5,7 +5,7 @@ B prompts, G completions per prompt, N = B * G, K objectives, P prompt tokens, C
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -165,14 +165,6 @@ class Extras:
     eos_temperature: float | None = None  # of those log-probs; None: that of the others
     hidden: bool = False  # what the LM head reads
     reference_head: tuple[torch.Tensor, torch.Tensor | None] | None = None  # weight, bias for ref_hidden; None: the policy's own
-
-
-@dataclass
-class TrainState:
-    """What a resumed run starts from besides weights. Randomness is derived from (seed, step, ...), so it needs no state."""
-
-    step: int = 0
-    gains: dict[str, float] = field(default_factory=dict)  # first step's mean score per objective
 
 
 def join_scores(parts: list[Scores]) -> Scores:

@@ -30,6 +30,7 @@ PACKAGES = {
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     ),
 }  # fmt: skip
+READERS = ("gguf", "sentencepiece")  # what reads SmolLM2's file: the extra `demo`
 LICENCES = {POLICY: "Apache-2.0", ENCODER: "Apache-2.0"}
 
 
@@ -107,6 +108,11 @@ def _convert_smollm2() -> Path:
     gguf = _package_file(POLICY)
 
     def make(folder: Path) -> None:
+        lacking = [name for name in READERS if find_spec(name) is None]
+        if lacking:
+            raise UserError(
+                f"{PREFIX}{POLICY}: reading its GGUF file needs {', '.join(lacking)}; run: pip install 'grpo-safe[demo]'"
+            )
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 

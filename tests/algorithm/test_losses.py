@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from grpo import grpo_loss
 
-from grpo_safe.algorithm.losses import Denominators, grpo_loss, k3
+from grpo_safe.algorithm.losses import Denominators, k3
 from grpo_safe.records import PolicyOutputs, TrainBatch
 
 

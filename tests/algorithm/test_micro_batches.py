@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from grpo import grpo_loss
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from grpo_safe.algorithm.losses import Denominators, Loss, grpo_loss
+from grpo_safe.algorithm.losses import Denominators, Loss
 from grpo_safe.components.forward import PackedForward, PlainForward, micro_batches, policy_outputs
 from grpo_safe.components.runtime import Runtime
 from grpo_safe.config import TrainPolicyConfig

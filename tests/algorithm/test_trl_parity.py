@@ -7,10 +7,11 @@ import os
 
 import pytest
 import torch
+from grpo import grpo_loss
 
 from grpo_safe.algorithm.advantages import group_advantages
 from grpo_safe.algorithm.aggregation import known_scores, total
-from grpo_safe.algorithm.losses import Denominators, grpo_loss
+from grpo_safe.algorithm.losses import Denominators
 from grpo_safe.components.embedded import embedded_folder
 from grpo_safe.components.forward import PackedForward, policy_outputs
 from grpo_safe.records import TrainBatch

@@ -173,3 +173,12 @@ def test_tiny_encoder_is_the_same_on_every_machine(cache: Path) -> None:
         folder.rename(folder.with_name("old"))
     second = AutoModel.from_pretrained(embedded._tiny_encoder()).state_dict()
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_readers_of_the_gguf_file_are_asked_for(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = embedded.find_spec
+    monkeypatch.setattr(embedded, "find_spec", lambda name: None if name == "gguf" else found(name))
+    monkeypatch.setattr(embedded, "_package_file", lambda name: Path("SmolLM2.gguf"))
+    with pytest.raises(UserError, match=r"needs gguf; run: pip install 'grpo-safe\[demo\]'"):
+        embedded.embedded_folder("embedded:SmolLM2-135M-Instruct")
+    assert list((cache / "models").iterdir()) == []
