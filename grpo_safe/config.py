@@ -1,7 +1,7 @@
 """Every knob of the three stages: its type, its unit, the reason for its default. No torch here.
 
 A primary config in `conf/` is merged into one of the three classes at the bottom, so a typo in a YAML file is refused by the
-same check as one on the command line. Stages receive the typed object; components below them get plain arguments.
+same check as one on the command line. Stages receive the typed object; the rooms below them get plain arguments.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from grpo_safe.checks import load_frozen, validated
-from grpo_safe.components import checkpoint
 from grpo_safe.config import SCHEMAS
 from grpo_safe.errors import StageError, UserError
+from grpo_safe.versions import checkpoint
 
 MODULES = {"train-rm": "train_rm", "train-policy": "train_policy", "eval": "evaluate"}
 OUTSIDE = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")

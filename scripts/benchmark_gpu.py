@@ -28,7 +28,7 @@ import torch
 from benchmark import Worker, check
 from benchmark_systems import Job, ours, publish_reward_model, theirs
 
-from grpo_safe.components.memory import ModelShape, shape_of
+from grpo_safe.models.memory import ModelShape, shape_of
 
 SMOLLM2, QWEN = "embedded:SmolLM2-135M-Instruct", "qwen2.5-0.5b"
 MODELS = ("smollm2", QWEN)
@@ -88,7 +88,7 @@ def random_qwen(folder: Path) -> str:
     """A Qwen2.5-0.5B of random weights with SmolLM2's tokenizer; ids that the tokenizer lacks decode to nothing, for both systems."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from grpo_safe.components import models
+    from grpo_safe import models
 
     tokenizer = models.load_tokenizer(models.resolve_start(SMOLLM2, None, False, "--models"))
     torch.manual_seed(0)
@@ -244,7 +244,7 @@ def cell(
     args: argparse.Namespace, folder: Path, store: Path, model: str, start: str, tuning: str, bandwidth: float
 ) -> dict[str, Any]:
     """One model and way of training: the check, TRL's fastest setting, the measurement."""
-    from grpo_safe.components import models
+    from grpo_safe import models
 
     rows = args.prompts * args.group_size
     whole = rows * (args.prompt_tokens + args.new_tokens)

@@ -74,9 +74,10 @@ def names_of(objectives: int) -> list[str]:
 
 def publish_reward_model(store: Path, backbone: str, objectives: int) -> None:
     """A K-head model as train-rm would publish it, its heads random but far enough apart that no group ties."""
-    from grpo_safe.components import checkpoint, models
-    from grpo_safe.components.text import formatter_of
+    from grpo_safe import models
     from grpo_safe.config import BackboneConfig
+    from grpo_safe.data.text import formatter_of
+    from grpo_safe.versions import checkpoint
 
     torch.manual_seed(0)
     names = names_of(objectives)
@@ -100,7 +101,7 @@ def publish_reward_model(store: Path, backbone: str, objectives: int) -> None:
 
 def prompt_texts(job: Job, tokenizer: Any) -> list[str]:
     """User texts whose templated prompts have exactly job.prompt_tokens tokens; one for each group of the run."""
-    from grpo_safe.components.text import encode_prompts
+    from grpo_safe.data.text import encode_prompts
     from grpo_safe.records import Prompt
 
     def length(text: str) -> int:
@@ -126,7 +127,7 @@ def prompt_texts(job: Job, tokenizer: Any) -> list[str]:
 
 def ours(job: Job, pipe: Connection) -> None:
     """train_policy.run, stopped after each step by the function that picks the step's samples; its completions are stored."""
-    from grpo_safe.components import models, rollout
+    from grpo_safe import models, rollout
     from grpo_safe.stages import train_policy
     from grpo_safe.stages.train_policy import collecting
 
@@ -199,7 +200,7 @@ def theirs(job: Job, pipe: Connection) -> None:
     from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from grpo_safe.components import models
+    from grpo_safe import models
 
     start = models.resolve_start(job.policy, None, False, "--policy")
     tokenizer = models.load_tokenizer(start)
@@ -274,9 +275,10 @@ def trl_rewards(job: Job) -> tuple[list[Any], list[Any] | None]:
     """TRL's reward functions: K columns of our K-head model, which runs once a step, or K models of one head each."""
     from transformers import AutoModelForSequenceClassification
 
-    from grpo_safe.components import checkpoint, models
-    from grpo_safe.components.rewards import open_reward_model, score_texts
+    from grpo_safe import models
+    from grpo_safe.models.reward_model import open_reward_model, score_texts
     from grpo_safe.records import Prompt
+    from grpo_safe.versions import checkpoint
 
     version = checkpoint.open_version(job.store, "reward-model", "latest", "quick", "reward_model", None)
     if job.trl_rewards == "models":

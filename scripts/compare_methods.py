@@ -146,9 +146,9 @@ def judged_by(out: Path, version: int, answers: list[dict[str, Any]]) -> dict[st
     """Objective -> difference policy minus start per prompt, by this version of the reward model, on the answers that eval wrote."""
     import torch
 
-    from grpo_safe.components.checkpoint import open_version
-    from grpo_safe.components.rewards import open_reward_model, score_texts
+    from grpo_safe.models.reward_model import open_reward_model, score_texts
     from grpo_safe.records import Prompt
+    from grpo_safe.versions.checkpoint import open_version
 
     reward_model = open_reward_model(
         open_version(out / "store", "reward-model", f"v{version}", "quick", "reward_model"), torch.device("cpu")

@@ -22,11 +22,11 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import Ridge
 
 from grpo_safe.algorithm.statistics import bootstrap, spearman
-from grpo_safe.components import checkpoint
-from grpo_safe.components.data import load_rows
-from grpo_safe.components.rewards import open_reward_model, score_texts
 from grpo_safe.config import DataConfig
+from grpo_safe.data.rows import load_rows
+from grpo_safe.models.reward_model import open_reward_model, score_texts
 from grpo_safe.records import LabelledRow
+from grpo_safe.versions import checkpoint
 
 STRENGTHS = (0.3, 1.0, 3.0, 10.0)
 

@@ -2,7 +2,7 @@
 
     python scripts/derive_scale.py
 
-Memory: components/memory.py. Multiplications and the memory traffic of decoding: components/profile.py. Bytes between GPUs: the formulas
+Memory: models/memory.py. Multiplications and the memory traffic of decoding: runtime/profile.py. Bytes between GPUs: the formulas
 that scripts/measure_bytes.py holds against what is really sent, of weights in bfloat16. The machine is an assumption, stated in `Cluster`.
 """
 
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from measure_bytes import PARTS, Sizes, expected
 
-from grpo_safe.components.memory import QWEN2_5, ModelShape, PolicyMemory, fits, lora_parameters, policy_memory
-from grpo_safe.components.profile import Machine, floors
+from grpo_safe.models.memory import QWEN2_5, ModelShape, PolicyMemory, fits, lora_parameters, policy_memory
 from grpo_safe.records import Rollout
+from grpo_safe.runtime.profile import Machine, floors
 
 LLAMA_70B = ModelShape(80, 8192, 28_672, 64, 8, 128, 128_256, tied=False, qkv_bias=False)
 REWARD_MODEL, REWARD_MODEL_GB = 494e6, 2.0  # weights; held in float32

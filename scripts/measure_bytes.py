@@ -94,9 +94,9 @@ def rank(config: Path, out: Path, everything_let_go: bool) -> None:
     phase: list[str] = []
     count_collectives(sent, phase)
 
+    from grpo_safe import tracking
     from grpo_safe.checks import load_frozen, typed
-    from grpo_safe.components import tracking
-    from grpo_safe.components.runtime import sharded
+    from grpo_safe.runtime import sharded
     from grpo_safe.stages import train_policy
     from grpo_safe.stages.train_policy import updating
 
@@ -230,7 +230,7 @@ def measured(case: Case, folder: Path, store: Path, words: list[str]) -> dict[st
 
 def sizes(tuning: str, start: str) -> Sizes:
     """Of the policy as the runs load it."""
-    from grpo_safe.components import models
+    from grpo_safe import models
     from grpo_safe.config import LoraConfig
 
     model: Any = models.load_causal_lm(models.resolve_start(start, None, False, "--start"), "float32")

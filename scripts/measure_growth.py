@@ -5,8 +5,8 @@
 Each point is a process of its own: grpo_safe.stages.train_policy.run, LoRA, one axis away from the standard step (2 prompts of 40 tokens, G = 8,
 64 new tokens, K = 4), one step of warm-up and two timed. OUT/growth.json takes each point as it ends; points that it has are kept.
 
-Theory counts as the package does. Time: multiplications and memory traffic of each phase (components/profile.py), each phase at the share of the
-machine's measured peak that it has in the standard step. Memory: components/memory.py, with the tokens of the largest micro-batch, and one
+Theory counts as the package does. Time: multiplications and memory traffic of each phase (runtime/profile.py), each phase at the share of the
+machine's measured peak that it has in the standard step. Memory: models/memory.py, with the tokens of the largest micro-batch, and one
 constant (the libraries, the packed copy of the weights) that makes it meet the standard point. No constant is fitted to an axis: how a line
 climbs is theory alone.
 """
@@ -28,9 +28,11 @@ from benchmark_report import AXES, Kept
 from benchmark_systems import Job, publish_reward_model
 from measure_packing import batch_of
 
-from grpo_safe.components import memory, models, profile
-from grpo_safe.components.forward import PackedForward
+from grpo_safe import models
+from grpo_safe.forward import PackedForward
+from grpo_safe.models import memory
 from grpo_safe.records import Rollout
+from grpo_safe.runtime import profile
 
 POINTS = {
     "prompt_tokens": [40, 128, 256, 512, 1024],
@@ -150,7 +152,7 @@ def page(points: list[dict[str, Any]], machine: str, drawing: Path, where: Path)
         f"K = {STANDARD['objectives']}, and one of these varied at a time. Each point is a process of its own: median of {p['steps'] - p['warm_up']} after "
         f"{p['warm_up']} of warm-up. Theory is fixed at the standard point alone (each phase's share of the machine's measured peak, and one "
         "constant of memory); how it climbs is counted: multiplications and memory traffic as `train.profile` counts them, memory as "
-        f"`components/memory.py` does.\n\n![Dots measured, lines theory]({os.path.relpath(drawing, where.parent)})\n\n{table(points)}"
+        f"`models/memory.py` does.\n\n![Dots measured, lines theory]({os.path.relpath(drawing, where.parent)})\n\n{table(points)}"
     )
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from grpo_safe.components import models
-from grpo_safe.components.forward import PackedForward, PlainForward, policy_outputs
+from grpo_safe import models
 from grpo_safe.config import LoraConfig
+from grpo_safe.forward import PackedForward, PlainForward, policy_outputs
 from grpo_safe.records import TrainBatch
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from measure_packing import batch_of, once
 
-from grpo_safe.components.forward.head import CHUNK_ELEMENTS
+from grpo_safe.forward.head import CHUNK_ELEMENTS
 
 PATHS = {"chunked": "all logits never at once", "plain": "logits of all positions"}
 TRAINED = {"lora": "frozen head", "full": "trained head"}
@@ -28,9 +28,9 @@ def peak_gb(vocab: int, new_tokens: int, path: str, train: str, group_size: int,
     """GB of one forward and backward above the weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from grpo_safe.components import models
-    from grpo_safe.components.forward import PackedForward, PlainForward
+    from grpo_safe import models
     from grpo_safe.config import LoraConfig
+    from grpo_safe.forward import PackedForward, PlainForward
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -30,10 +30,10 @@ from grpo_safe.algorithm.constraints import limit_bound
 from grpo_safe.algorithm.losses import KL_ESTIMATORS, Denominators
 from grpo_safe.algorithm.penalties import kl_penalty
 from grpo_safe.cli import conf_dir
-from grpo_safe.components.method import Method, build_method
-from grpo_safe.components.rewards import Objectives
 from grpo_safe.config import AlgoConfig, LimitConfig
 from grpo_safe.records import PolicyOutputs, TrainBatch
+from grpo_safe.rewards import Objectives
+from grpo_safe.stages.train_policy.method import Method, build_method
 
 GROUP = 600  # completions of an enumerated group
 UNCLIPPED = 1e9  # algo.clip_eps: the ratio is an importance weight here, not a step

@@ -14,19 +14,21 @@ from typing import Any
 
 import numpy as np
 
+from grpo_safe import models, runtime
 from grpo_safe.algorithm.statistics import mean_interval
-from grpo_safe.components import checkpoint, models, runtime
-from grpo_safe.components.confidence import unstated
-from grpo_safe.components.data import load_prompts
-from grpo_safe.components.judges.refusal import refuses
-from grpo_safe.components.rewards import open_reward_model, score_texts
-from grpo_safe.components.rollout import Engine, check_engine, open_engine, sample
-from grpo_safe.components.runtime import Runtime
-from grpo_safe.components.text import encode_prompts
-from grpo_safe.components.tracking import Tracker
 from grpo_safe.config import EvalConfig
+from grpo_safe.data.rows import load_prompts
+from grpo_safe.data.text import encode_prompts
+from grpo_safe.judges.refusal import refuses
+from grpo_safe.models.reward_model import open_reward_model, score_texts
 from grpo_safe.records import Prompt
 from grpo_safe.report.evaluation import print_comparison, write_report
+from grpo_safe.rewards.confidence import unstated
+from grpo_safe.rollout import check_engine, open_engine, sample
+from grpo_safe.rollout.engine import Engine
+from grpo_safe.runtime import Runtime
+from grpo_safe.tracking import Tracker
+from grpo_safe.versions import checkpoint
 
 
 @dataclass(frozen=True)

@@ -16,20 +16,21 @@ import numpy as np
 import torch
 from torch import nn
 
+from grpo_safe import models, runtime
 from grpo_safe.algorithm.order import derived_seed, rows_of_step
 from grpo_safe.algorithm.regression import LabelCounts, bradley_terry, masked_mse
 from grpo_safe.algorithm.schedule import learning_rate
 from grpo_safe.algorithm.statistics import affine_fit
-from grpo_safe.components import checkpoint, models, resume, runtime
-from grpo_safe.components.card import Judged, reward_model_card, show_card, write_card
-from grpo_safe.components.data import load_rows
-from grpo_safe.components.rewards import collate, token_batches
-from grpo_safe.components.runtime import Runtime, Trainable
-from grpo_safe.components.text import ScoringInput, encode_for_scoring, formatter_of
-from grpo_safe.components.tracking import Tracker
 from grpo_safe.config import TrainRMConfig
+from grpo_safe.data.rows import load_rows
+from grpo_safe.data.text import ScoringInput, encode_for_scoring, formatter_of
 from grpo_safe.errors import UserError
+from grpo_safe.models.reward_model import collate, token_batches
 from grpo_safe.records import LabelledRow, Row
+from grpo_safe.rewards.card import Judged, reward_model_card, show_card, write_card
+from grpo_safe.runtime import Runtime, Trainable
+from grpo_safe.tracking import Tracker
+from grpo_safe.versions import checkpoint, resume
 
 
 @dataclass(frozen=True)

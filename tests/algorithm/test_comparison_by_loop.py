@@ -16,7 +16,7 @@ from grpo_safe.algorithm.aggregation import AGGREGATIONS
 from grpo_safe.algorithm.comparison import ORDERS, Slots, StepScores, compare
 from grpo_safe.algorithm.constraints import Limit, lagrangian
 from grpo_safe.algorithm.filters import FILTERS
-from grpo_safe.components.method import RAW_ONLY
+from grpo_safe.stages.train_policy.method import RAW_ONLY
 
 NUMBERS = {"gated": {"objective": 1}}
 MULTIPLIERS = {"rate": 0.7, "initial": 1.0, "maximum": 3.0, "window": 20}

@@ -10,9 +10,9 @@ import torch
 
 from grpo_safe.algorithm.comparison import StepScores, compare
 from grpo_safe.algorithm.confidence import CALIBRATIONS, difference, none, threshold
-from grpo_safe.components.method import build_method
-from grpo_safe.components.rewards import Objectives
 from grpo_safe.config import AlgoConfig
+from grpo_safe.rewards import Objectives
+from grpo_safe.stages.train_policy.method import build_method
 
 
 def slow(name: str, steps, weight: float, rate: float, bound: float) -> tuple[list[float], float]:

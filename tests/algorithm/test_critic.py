@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo_safe.algorithm.critic import gae, ppo, token_rewards
 from grpo_safe.algorithm.losses import Denominators
-from grpo_safe.components.forward import policy_forward, policy_outputs
+from grpo_safe.forward import policy_forward, policy_outputs
 from grpo_safe.records import PolicyOutputs, TrainBatch
 
 

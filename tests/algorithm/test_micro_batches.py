@@ -10,10 +10,10 @@ from grpo import grpo_loss
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from grpo_safe.algorithm.losses import Denominators, Loss
-from grpo_safe.components.forward import PackedForward, PlainForward, micro_batches, policy_outputs
-from grpo_safe.components.runtime import Runtime
 from grpo_safe.config import TrainPolicyConfig
+from grpo_safe.forward import PackedForward, PlainForward, micro_batches, policy_outputs
 from grpo_safe.records import Extras, TrainBatch
+from grpo_safe.runtime import Runtime
 from grpo_safe.stages.train_policy import collecting, updating
 
 RUNTIME = Runtime(0, 1, torch.device("cpu"), "single")

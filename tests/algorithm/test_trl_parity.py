@@ -12,8 +12,8 @@ from grpo import grpo_loss
 from grpo_safe.algorithm.advantages import group_advantages
 from grpo_safe.algorithm.aggregation import known_scores, total
 from grpo_safe.algorithm.losses import Denominators
-from grpo_safe.components.embedded import embedded_folder
-from grpo_safe.components.forward import PackedForward, policy_outputs
+from grpo_safe.forward import PackedForward, policy_outputs
+from grpo_safe.models.embedded import embedded_folder
 from grpo_safe.records import TrainBatch
 
 TEMPERATURE, BETA, GROUP = 0.7, 0.05, 4

@@ -14,11 +14,11 @@ from grpo_safe.algorithm.comparison import StepScores, compare
 from grpo_safe.algorithm.losses import Denominators
 from grpo_safe.algorithm.penalties import kl_penalty
 from grpo_safe.cli import conf_dir
-from grpo_safe.components.forward import PlainForward, policy_outputs
-from grpo_safe.components.method import Method, build_method
-from grpo_safe.components.rewards import Objectives
 from grpo_safe.config import AlgoConfig
+from grpo_safe.forward import PlainForward, policy_outputs
 from grpo_safe.records import TrainBatch
+from grpo_safe.rewards import Objectives
+from grpo_safe.stages.train_policy.method import Method, build_method
 
 MAX_TOKENS = 16
 WEIGHTS = [0.6, -0.4]  # linear divides by the sum of their sizes, TRL does not

@@ -15,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from grpo_safe import cli, launch
-from grpo_safe.components import checkpoint
+from grpo_safe.versions import checkpoint
 
 CONF = cli.conf_dir()
 

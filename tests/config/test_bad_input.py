@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from in_process import Ended, fake_policy, fake_reward_model, grpo_safe, workers_in_process
 
-from grpo_safe import launch
-from grpo_safe.components import checkpoint, embedded, models
+from grpo_safe import launch, models
+from grpo_safe.models import embedded
 from grpo_safe.stages import evaluate
 from grpo_safe.stages.train_policy import setup
+from grpo_safe.versions import checkpoint
 
 STORE = Path("checkpoints")
 Refused = Callable[..., str]

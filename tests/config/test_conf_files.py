@@ -15,10 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from grpo_safe import cli
 from grpo_safe.checks import CHOICES, NOT_NEGATIVE, POSITIVE, typed, validated
-from grpo_safe.components.method import build_method
-from grpo_safe.components.rewards import Objectives
 from grpo_safe.config import SCHEMAS, LimitConfig
 from grpo_safe.errors import UserError
+from grpo_safe.rewards import Objectives
+from grpo_safe.stages.train_policy.method import build_method
 
 COMMANDS = tuple(SCHEMAS)
 ROOT = Path(__file__).parents[2]

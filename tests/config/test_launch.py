@@ -12,9 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from grpo_safe import cli, launch
 from grpo_safe.checks import load_frozen, validated
-from grpo_safe.components import checkpoint
 from grpo_safe.errors import StageError, UserError
 from grpo_safe.stages import __main__ as worker
+from grpo_safe.versions import checkpoint
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ from in_process import CONF, composed
 
 from grpo_safe.algorithm.comparison import StepScores, compare
 from grpo_safe.checks import typed, validated
-from grpo_safe.components.method import build_method
-from grpo_safe.components.rewards import Objectives
+from grpo_safe.rewards import Objectives
+from grpo_safe.stages.train_policy.method import build_method
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "methods.md").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import Ridge
 
 from grpo_safe.algorithm.statistics import spearman
-from grpo_safe.components.judges.refusal import refuses
+from grpo_safe.judges.refusal import refuses
 
 OBJECTIVES = ("safety", "politeness", "meaningfulness", "actionability")
 SPLITS = ("train", "validation", "heldout")

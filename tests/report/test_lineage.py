@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rich.tree import Tree
 
-from grpo_safe.components import checkpoint
 from grpo_safe.report.lineage import family_tree, figures_line, print_versions
+from grpo_safe.versions import checkpoint
 
 
 def version(

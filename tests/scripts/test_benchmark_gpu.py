@@ -25,7 +25,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_the_floor_counts_every_byte_of_every_step(script: ModuleType) -> None:
-    from grpo_safe.components.memory import ModelShape
+    from grpo_safe.models.memory import ModelShape
 
     shape = ModelShape(layers=3, hidden=16, intermediate=40, heads=4, kv_heads=2, head_dim=4, vocab=50, tied=True, qkv_bias=False)
     prompts, group, prompt_tokens, new = 2, 3, 7, 9
@@ -41,7 +41,7 @@ def test_the_floor_counts_every_byte_of_every_step(script: ModuleType) -> None:
 
 
 def test_the_floor_of_a_known_model_is_its_weights_and_a_little_more(script: ModuleType) -> None:
-    from grpo_safe.components.memory import QWEN2_5
+    from grpo_safe.models.memory import QWEN2_5
 
     one = script.decode_floor(QWEN2_5["0.5b"], 2, 1, 1, 1, 2, 1e9)  # one step
     assert one == pytest.approx(2 * 0.494e9 / 1e9, rel=0.001)
@@ -62,7 +62,7 @@ def test_what_trl_is_told(script: ModuleType) -> None:
 def test_qwens_shape_is_the_published_one(script: ModuleType) -> None:
     from transformers import AutoConfig
 
-    from grpo_safe.components.memory import QWEN2_5, shape_of
+    from grpo_safe.models.memory import QWEN2_5, shape_of
 
     assert shape_of(AutoConfig.for_model("qwen2", **script.QWEN_SHAPE)) == QWEN2_5["0.5b"]
 
@@ -79,7 +79,7 @@ def test_trl_takes_what_it_is_told(script: ModuleType, variant: str, tmp_path: P
 def test_a_random_qwen_opens_and_its_tokenizer_skips_ids_that_it_lacks(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from grpo_safe.components import models
+    from grpo_safe import models
 
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     monkeypatch.setattr(script, "QWEN_SHAPE", script.QWEN_SHAPE | small)

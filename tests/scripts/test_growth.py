@@ -16,7 +16,7 @@ import measure_bytes
 import measure_growth
 from benchmark import STANDARD
 
-from grpo_safe.components.profile import Machine
+from grpo_safe.runtime.profile import Machine
 
 SCRIPTS = Path(measure_bytes.__file__).parent
 

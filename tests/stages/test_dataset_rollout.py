@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import read_metrics, stage_config, timeless
 
-from grpo_safe.components.method import COMPARING_LOSSES
 from grpo_safe.errors import UserError
 from grpo_safe.stages import train_policy
+from grpo_safe.stages.train_policy.method import COMPARING_LOSSES
 
 GIVEN = ("rollout=dataset", "sampling.max_new_tokens=40")
 PRESETS = {

@@ -19,7 +19,7 @@ import torch
 from conftest import cli, only_run, read_metrics, timeless
 from safetensors.torch import load_file
 
-from grpo_safe.components import checkpoint
+from grpo_safe.versions import checkpoint
 
 TWO = ("launch.processes=2", "launch.device=cpu")
 
@@ -231,7 +231,7 @@ def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random 2-layer Qwen2 of tiny width with SmolLM2's tokenizer, in place of a download."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    from grpo_safe.components.embedded import embedded_folder
+    from grpo_safe.models.embedded import embedded_folder
 
     folder = tmp_path_factory.mktemp("qwen")
     tokenizer = AutoTokenizer.from_pretrained(embedded_folder("embedded:tiny-llama"))

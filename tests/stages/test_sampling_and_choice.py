@@ -14,13 +14,13 @@ from test_sharded_statistics import Meeting, ThreadRuntime
 
 from grpo_safe.algorithm.constraints import Limit
 from grpo_safe.algorithm.order import derived_seed, rows_of_step
-from grpo_safe.components.method import build_method
-from grpo_safe.components.rewards import Objectives
-from grpo_safe.components.runtime import Runtime
-from grpo_safe.components.tracking import Stopwatch
 from grpo_safe.config import AlgoConfig, LimitConfig, TrainPolicyConfig
 from grpo_safe.records import Prompt, Rollout, Scores
+from grpo_safe.rewards import Objectives
+from grpo_safe.runtime import Runtime
 from grpo_safe.stages.train_policy import collecting, finishing
+from grpo_safe.stages.train_policy.method import build_method
+from grpo_safe.tracking import Stopwatch
 
 SIZE, PROMPTS, PER_STEP = 3, 40, 4
 ALONE = Runtime(0, 1, torch.device("cpu"), "single")

@@ -15,13 +15,13 @@ import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 
 from grpo_safe.cli import conf_dir
-from grpo_safe.components.method import build_method
-from grpo_safe.components.rewards import Objectives
-from grpo_safe.components.runtime import Runtime
 from grpo_safe.config import AlgoConfig, LimitConfig, TrainPolicyConfig
 from grpo_safe.records import Prompt, Rollout, Scores, TrainBatch
+from grpo_safe.rewards import Objectives
+from grpo_safe.runtime import Runtime
 from grpo_safe.stages.train_policy.collecting import own_rows, untied
 from grpo_safe.stages.train_policy.comparing import compare_all
+from grpo_safe.stages.train_policy.method import build_method
 from grpo_safe.stages.train_policy.updating import count
 
 GROUPS, SIZE, K, C = 6, 4, 3, 5

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import read_metrics, stage_config, timeless
 
-from grpo_safe.components import checkpoint
-from grpo_safe.components.data import load_prompts
+from grpo_safe.data.rows import load_prompts
 from grpo_safe.errors import UserError
 from grpo_safe.stages import evaluate, train_policy, train_rm
+from grpo_safe.versions import checkpoint
 
 PLAIN = """
 import json, sys, torch
@@ -55,7 +55,7 @@ def test_reward_model_opens_in_plain_transformers_with_the_logged_scores(tiny_st
 
 
 def score_as_the_pipeline(found: checkpoint.Version, rows: list[tuple[str, str]]) -> torch.Tensor:
-    from grpo_safe.components.rewards import open_reward_model, score_texts
+    from grpo_safe.models.reward_model import open_reward_model, score_texts
     from grpo_safe.records import Prompt
 
     prompts = [Prompt("x", [{"role": "user", "content": prompt}]) for prompt, _ in rows]
@@ -66,7 +66,7 @@ def test_policy_publishes_merged_weights_and_adapter_that_agree(tiny_store: Path
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from grpo_safe.components.embedded import embedded_folder
+    from grpo_safe.models.embedded import embedded_folder
 
     words = ("train.steps=2", "optim.lr=1e-2", "optim.warmup=0", "export.dtype=float32")
     train_policy.run(stage_config("train-policy", tmp_path / "run", tiny_store, *words), tmp_path / "run")

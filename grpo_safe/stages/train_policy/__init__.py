@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from grpo_safe.algorithm.comparison import State
-from grpo_safe.components import resume
-from grpo_safe.components.peak import peak_memory_gb
-from grpo_safe.components.step_metrics import sample_rows, step_metrics
-from grpo_safe.components.tracking import Stopwatch
 from grpo_safe.config import TrainPolicyConfig
+from grpo_safe.runtime.peak import peak_memory_gb
 from grpo_safe.stages.train_policy.collecting import add_fixed_logps, add_reference_hidden, collector, own_rows, train_batch
 from grpo_safe.stages.train_policy.comparing import arranged, compare_all, confidence_metrics, followed
 from grpo_safe.stages.train_policy.finishing import keep_best, publish, restore_best, validate
+from grpo_safe.stages.train_policy.metrics import sample_rows, step_metrics
 from grpo_safe.stages.train_policy.profiling import Profiler
 from grpo_safe.stages.train_policy.setup import set_up
 from grpo_safe.stages.train_policy.updating import update
+from grpo_safe.tracking import Stopwatch
+from grpo_safe.versions import resume
 
 
 def run(cfg: TrainPolicyConfig, run_dir: Path) -> None:

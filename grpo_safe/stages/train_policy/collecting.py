@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 
+from grpo_safe import models
 from grpo_safe.algorithm.comparison import State, StepScores
 from grpo_safe.algorithm.order import derived_seed, rows_of_step
-from grpo_safe.components import models, reference
-from grpo_safe.components.forward import micro_batches, policy_outputs
-from grpo_safe.components.rewards import score, score_labels
-from grpo_safe.components.rollout import join, sample, select
-from grpo_safe.components.rollout.dataset import given
-from grpo_safe.components.runtime import Runtime
-from grpo_safe.components.tracking import Stopwatch
 from grpo_safe.config import TrainPolicyConfig
+from grpo_safe.forward import micro_batches, policy_outputs
+from grpo_safe.models import reference
 from grpo_safe.records import Extras, PolicyOutputs, Rollout, Scores, TrainBatch, join_scores
+from grpo_safe.rewards import score, score_labels
+from grpo_safe.rollout import sample
+from grpo_safe.rollout.dataset import given
+from grpo_safe.rollout.rollouts import join, select
+from grpo_safe.runtime import Runtime
 from grpo_safe.stages.train_policy.setup import Setup
+from grpo_safe.tracking import Stopwatch
 
 
 def collect(

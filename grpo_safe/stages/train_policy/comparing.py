@@ -13,9 +13,9 @@ from grpo_safe.algorithm.order import derived_seed
 from grpo_safe.algorithm.penalties import kl_penalty, soft_overlong
 from grpo_safe.algorithm.robust import raised
 from grpo_safe.algorithm.sampling import completion_noise
-from grpo_safe.components.confidence import STATED, confidences
 from grpo_safe.config import TrainPolicyConfig
 from grpo_safe.records import Rollout, Scores, TrainBatch
+from grpo_safe.rewards.confidence import STATED, confidences
 from grpo_safe.stages.train_policy.collecting import own_rows
 from grpo_safe.stages.train_policy.setup import Setup
 

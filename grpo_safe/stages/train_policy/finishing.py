@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
+from grpo_safe import models
 from grpo_safe.algorithm.constraints import limit_bound
-from grpo_safe.components import checkpoint, models, resume
-from grpo_safe.components.policy_card import write_policy_card
-from grpo_safe.components.rewards import score
-from grpo_safe.components.rollout import sample
 from grpo_safe.config import TrainPolicyConfig
 from grpo_safe.errors import UserError
+from grpo_safe.rewards import score
+from grpo_safe.rollout import sample
 from grpo_safe.stages.train_policy.setup import Setup
+from grpo_safe.versions import checkpoint, resume
+from grpo_safe.versions.policy_card import write_policy_card
 
 
 def validate(cfg: TrainPolicyConfig, s: Setup) -> dict[str, float]:

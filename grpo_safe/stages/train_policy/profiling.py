@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from grpo_safe.components import memory, models, profile
-from grpo_safe.components.peak import phases_measurable
-from grpo_safe.components.rewards import tokens_to_score
-from grpo_safe.components.tracking import Stopwatch
+from grpo_safe import models
 from grpo_safe.config import TrainPolicyConfig
+from grpo_safe.models import memory
+from grpo_safe.models.reward_model import tokens_to_score
 from grpo_safe.records import Rollout
+from grpo_safe.runtime import profile
+from grpo_safe.runtime.peak import phases_measurable
 from grpo_safe.stages.train_policy.setup import Setup
+from grpo_safe.tracking import Stopwatch
 
 
 @dataclass

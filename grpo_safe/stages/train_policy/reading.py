@@ -6,16 +6,16 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_safe.components import models
-from grpo_safe.components.confidence import asking
-from grpo_safe.components.data import load_answers, load_prompts
-from grpo_safe.components.method import COMPARING_LOSSES, Method
-from grpo_safe.components.rewards import Objectives
-from grpo_safe.components.rollout.dataset import Given, form_groups
-from grpo_safe.components.text import encode_prompts
+from grpo_safe import models
 from grpo_safe.config import TrainPolicyConfig
+from grpo_safe.data.rows import load_answers, load_prompts
+from grpo_safe.data.text import encode_prompts
 from grpo_safe.errors import UserError
 from grpo_safe.records import Prompt
+from grpo_safe.rewards import Objectives
+from grpo_safe.rewards.confidence import asking
+from grpo_safe.rollout.dataset import Given, form_groups
+from grpo_safe.stages.train_policy.method import COMPARING_LOSSES, Method
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from grpo_safe.components import checkpoint, memory, models, reference, runtime
-from grpo_safe.components.card import check_gate
-from grpo_safe.components.forward import PROVEN, PackedForward, policy_forward, why_not_packed
-from grpo_safe.components.method import Method, build_method
-from grpo_safe.components.rewards import Objectives, RewardModel, choose_objectives, open_reward_model
-from grpo_safe.components.rollout import Engine, check_engine, open_engine
-from grpo_safe.components.runtime import Runtime, Trainable
-from grpo_safe.components.tracking import Tracker
+from grpo_safe import models, runtime
 from grpo_safe.config import TrainPolicyConfig
 from grpo_safe.errors import UserError
+from grpo_safe.forward import PROVEN, PackedForward, policy_forward, why_not_packed
+from grpo_safe.models import memory, reference
+from grpo_safe.models.reward_model import RewardModel, open_reward_model
 from grpo_safe.records import Extras
+from grpo_safe.rewards import Objectives, choose_objectives
+from grpo_safe.rewards.card import check_gate
+from grpo_safe.rollout import check_engine, open_engine
+from grpo_safe.rollout.engine import Engine
+from grpo_safe.runtime import Runtime, Trainable
+from grpo_safe.stages.train_policy.method import Method, build_method
 from grpo_safe.stages.train_policy.reading import Reading, read_prompts
+from grpo_safe.tracking import Tracker
+from grpo_safe.versions import checkpoint
 
 
 @dataclass(frozen=True)

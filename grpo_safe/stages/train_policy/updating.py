@@ -10,10 +10,10 @@ from grpo_safe.algorithm.losses import Denominators, Loss
 from grpo_safe.algorithm.mismatch import mismatch
 from grpo_safe.algorithm.order import derived_seed
 from grpo_safe.algorithm.schedule import learning_rate
-from grpo_safe.components.forward import micro_batches, policy_outputs
-from grpo_safe.components.runtime import Runtime
 from grpo_safe.config import TrainPolicyConfig
+from grpo_safe.forward import micro_batches, policy_outputs
 from grpo_safe.records import TrainBatch
+from grpo_safe.runtime import Runtime
 from grpo_safe.stages.train_policy.setup import Setup
 
 

@@ -1,0 +1,275 @@
+"""Load, adapt and save models: the policy, its reference, the reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+from grpo_safe.config import BackboneConfig, LoraConfig, PolicyConfig, SamplingConfig
+from grpo_safe.errors import UserError
+from grpo_safe.models import embedded
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a model starts from, as from_pretrained takes it."""
+
+    name: str  # what the user wrote
+    location: str  # a folder or a hub name
+    options: dict[str, Any]
+
+    @property
+    def is_hub(self) -> bool:
+        return not Path(self.location).is_dir()
+
+
+def resolve_start(start: str, revision: str | None, trust_remote_code: bool, key: str) -> Start:
+    """A folder, a hub name or embedded:NAME, checked as far as the local disk can tell."""
+    location = start
+    if embedded.is_embedded(start):
+        location = str(embedded.embedded_folder(start))
+    elif start.startswith((".", "/", "~")) or start.count("/") != 1:
+        location = str(Path(start).expanduser())
+        if not (Path(location) / "config.json").is_file():
+            raise UserError(
+                f"{key}={start}: no model folder (no config.json there); expected a folder, OWNER/NAME on the hub, embedded:NAME"
+            )
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        options["revision"] = revision
+    return Start(start, location, options)
+
+
+def load_tokenizer(start: Start) -> Any:
+    """The tokenizer; a pad token is chosen where there is none. UserError where it cannot be had."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(start.location, **start.options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{start.name}: its tokenizer cannot be loaded ({str(error).splitlines()[0]:.160})") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(start: Start) -> Any:
+    """The model's config alone: shapes and context length, before any weight is read."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(start.location, **start.options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{start.name}: its config cannot be loaded ({str(error).splitlines()[0]:.160})") from error
+
+
+def context_length(config: Any) -> int:
+    """Tokens that the model can attend to."""
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**20)
+
+
+def prompt_room(config: Any, start: Start, sampling: SamplingConfig) -> int:
+    """Tokens that a prompt may have beside sampling.max_new_tokens; UserError where the context leaves none."""
+    room = context_length(config) - sampling.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"sampling.max_new_tokens={sampling.max_new_tokens}: the context of {start.name} leaves no room for a prompt"
+        )
+    return min(room, sampling.max_prompt_tokens or room)
+
+
+def weight_bytes(start: Start) -> int:
+    """Bytes of the weight files of a local folder (0 for a hub name: not known before the download)."""
+    return 0 if start.is_hub else weight_bytes_of(Path(start.location))
+
+
+def weight_bytes_of(folder: Path) -> int:
+    """Bytes of a folder's weight files."""
+    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+
+
+# What the selective kind of checkpointing keeps: results of matrix products and of attention. The rest (norms, activation functions, rotary
+# embedding, copies) is more than half of what a layer would keep, and cheap to compute once more.
+KEPT = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
+
+
+def checkpoint_activations(model: Any, how: bool | str) -> None:
+    """What the layers of a transformers model keep for the backward pass: False all, True their inputs alone, "selective" KEPT.
+
+    Called after add_lora, which asks a model that checkpoints for gradients of the embeddings' output; only a reentrant checkpoint needs them.
+    """
+    if not how:
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if how == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    model.disable_input_require_grads()  # transformers asks for them too
+
+
+# --- the policy -------------------------------------------------------------------------------------------------------
+
+
+def load_policy(start: Start, cfg: PolicyConfig, master_weights: bool) -> nn.Module:
+    """The causal LM that is trained, with LoRA around it unless full fine-tuning is asked for.
+
+    master_weights: load in float32, because what trains must not be rounded to bfloat16 after each small step.
+    """
+    model = load_causal_lm(start, "float32" if master_weights else cfg.dtype, cfg.attn_implementation)
+    adapted = add_lora(model, cfg.lora, "CAUSAL_LM") if cfg.lora.enabled else model
+    checkpoint_activations(adapted, cfg.gradient_checkpointing)
+    return adapted
+
+
+def load_causal_lm(start: Start, dtype: str, attn_implementation: str = "sdpa") -> Any:
+    """A whole causal LM, or a LoRA policy folder (adapter merged); dropout off, as log-probs must repeat."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            start.location, dtype=DTYPES[dtype], attn_implementation=attn_implementation, **start.options
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{start.name}: cannot be loaded as a causal LM ({str(error).splitlines()[0]:.160})") from error
+    return model.eval()
+
+
+def add_lora(model: nn.Module, cfg: LoraConfig, task: str) -> nn.Module:
+    """LoRA adapters around a model; the rest is frozen. Adapter weights are float32."""
+    from peft import LoraConfig as PeftConfig
+    from peft import TaskType, get_peft_model
+
+    peft_config = PeftConfig(
+        r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=cfg.target_modules, task_type=TaskType[task]
+    )
+    return get_peft_model(model, peft_config)
+
+
+def adapter_off(policy: Any) -> AbstractContextManager[Any]:
+    """Under LoRA the reference is the policy with its adapter off: no second copy."""
+    return policy.disable_adapter() if is_lora(policy) else nullcontext()
+
+
+def is_lora(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config")
+
+
+def save_policy(
+    policy: nn.Module, tokenizer: Any, start: Start, folder: Path, cfg: PolicyConfig, merged: bool, dtype: str
+) -> dict[str, Any]:
+    """Write a policy that opens anywhere; returns what the manifest says of its layout.
+
+    A LoRA policy on a hub base is an adapter. On any other base, whose path would be one machine's, the merged weights stand on top and the
+    adapter in adapter/. Merging is done in float32, then cast to `dtype`.
+    """
+    tokenizer.save_pretrained(folder)
+    if is_lora(policy) and start.is_hub and not merged:
+        save_adapter(policy, folder)
+        return {"layout": "adapter", "base": start.name, "revision": start.options.get("revision")}
+    layout = {"layout": "full", "base": start.name, "dtype": dtype}
+    if is_lora(policy):
+        save_adapter(policy, folder / "adapter")
+        layout |= {"layout": "merged", "adapter": "adapter/"}
+    whole = detached_copy(policy, lambda: load_causal_lm(start, "float32"), cfg.lora, "CAUSAL_LM")
+    whole.to(DTYPES[dtype]).save_pretrained(folder)
+    return layout
+
+
+def save_adapter(policy: Any, folder: Path) -> None:
+    """The LoRA weights alone, as peft opens them."""
+    policy.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's card template: ours stands on top
+
+
+def detached_copy(model: nn.Module, reload: Callable[[], nn.Module], lora: LoraConfig, task: str) -> Any:
+    """A whole float32 copy on the CPU with LoRA merged, made from a freshly loaded start: nothing that trains is touched."""
+    fresh = reload()
+    if is_lora(model):
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        weights = {name: w.detach().float().cpu().clone() for name, w in get_peft_model_state_dict(model).items()}
+        adapted = add_lora(fresh, lora, task)
+        set_peft_model_state_dict(adapted, weights)
+        return adapted.merge_and_unload()  # type: ignore[operator]
+    fresh.load_state_dict({name: w.detach().float().cpu().clone() for name, w in model.state_dict().items()})
+    return fresh
+
+
+def open_policy(folder: Path, manifest: dict[str, Any], dtype: str) -> Any:
+    """A published policy as a whole causal LM."""
+    layout = manifest["layout"]
+    if layout["layout"] != "adapter":
+        return load_causal_lm(Start(str(folder), str(folder), {}), dtype)
+    from peft import PeftModel
+
+    base = resolve_start(layout["base"], layout["revision"], False, "policy")
+    return PeftModel.from_pretrained(load_causal_lm(base, dtype), str(folder)).merge_and_unload().eval()
+
+
+# --- the reward model -------------------------------------------------------------------------------------------------
+
+
+def load_backbone(start: Start, cfg: BackboneConfig, objectives: list[str], pad_token_id: int) -> nn.Module:
+    """A sequence classifier with one regression output per objective, named by id2label."""
+    from transformers import AutoModelForSequenceClassification
+
+    config = load_config(start)
+    config.num_labels = len(objectives)
+    config.problem_type = "regression"
+    config.id2label = dict(enumerate(objectives))
+    config.label2id = {name: i for i, name in enumerate(objectives)}
+    config.pad_token_id = pad_token_id  # last-token pooling of causal LMs looks for it
+    if cfg.dropout is not None:
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attention_dropout"):
+            if hasattr(config, name):
+                setattr(config, name, cfg.dropout)
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            start.location, config=config, dtype=DTYPES[cfg.dtype], attn_implementation=cfg.attn_implementation, **start.options
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{start.name}: cannot be loaded as a sequence classifier ({str(error).splitlines()[0]:.160})") from error
+    adapted = add_lora(model, cfg.lora, "SEQ_CLS") if cfg.lora.enabled else model
+    checkpoint_activations(adapted, cfg.gradient_checkpointing)
+    return adapted
+
+
+def head_layer(model: nn.Module) -> nn.Linear:
+    """The last linear layer of a sequence classifier: the one whose outputs are the objectives."""
+    outputs = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == outputs]
+    if not layers:
+        raise UserError(f"{type(model).__name__}: no linear layer with {outputs} outputs; its head cannot be calibrated")
+    return layers[-1]
+
+
+def fold_affine(model: nn.Module, slope: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """score -> slope * score + offset, written into the head's weights; returns the offset that could not be folded.
+
+    slope, offset, result: [K]. A head without a bias (causal LMs) keeps none on reload: its offset stays outside, in the manifest.
+    """
+    head = head_layer(model)
+    with torch.no_grad():
+        head.weight.mul_(slope.to(head.weight)[:, None])
+        if head.bias is None:
+            return offset
+        head.bias.mul_(slope.to(head.bias)).add_(offset.to(head.bias))
+    return torch.zeros_like(offset)

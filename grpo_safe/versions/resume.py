@@ -1,0 +1,128 @@
+"""Resume states: runs/.../state/step-000200/, complete or absent. Safetensors and JSON, no pickle, any number of processes.
+
+Randomness follows from (seed, step, ...), and data order from (seed, epoch), so weights, Adam moments, the step and a small record are all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from grpo_safe.errors import UserError
+from grpo_safe.runtime import Runtime, Trainable
+from grpo_safe.tracking import truncate_metrics
+
+SHARD_BYTES = 4 * 2**30
+PUBLISHED = "published.txt"
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a resumed run goes on."""
+
+    step: int
+    record: dict[str, Any]
+    beside: dict[str, torch.Tensor]  # tensors that a stage keeps besides the model's
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    trainable: Trainable,
+    rt: Runtime,
+    record: dict[str, Any],
+    keep: int,
+    optimizer_steps: int | None = None,
+    beside: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write the state of a finished step; every rank calls, the main one writes. Older states beyond `keep` are removed."""
+    folder = run_dir / "state" / f"step-{step:06d}"
+    draft = folder.with_name(f".draft-{folder.name}")
+    if rt.is_main:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        _write(draft, chain(trainable.state(), ((f"beside/{n}", t) for n, t in (beside or {}).items())))
+        entry = {"step": step, "optimizer_steps": optimizer_steps if optimizer_steps is not None else step, "record": record}
+        (draft / "state.json").write_text(json.dumps(entry) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(draft, folder)
+        for old in sorted(folder.parent.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+    else:
+        for _ in trainable.state():  # gathering is collective
+            pass
+    rt.barrier()
+
+
+def load(run_dir: Path, trainable: Trainable) -> Resumed:
+    """Put the newest state back. Raises UserError where there is none."""
+    folder = newest(run_dir)
+    if folder is None:
+        raise UserError(
+            f"resume={run_dir}: no resume state in {run_dir / 'state'}; the run wrote none (train.save_every), start it anew"
+        )
+    entry = json.loads((folder / "state.json").read_text())
+    index = json.loads((folder / "index.json").read_text())
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in sorted(set(index.values())):
+        tensors |= load_file(folder / shard)
+    beside = {name.removeprefix("beside/"): tensors.pop(name) for name in list(tensors) if name.startswith("beside/")}
+    trainable.load_state(tensors, entry["optimizer_steps"])
+    return Resumed(entry["step"], entry["record"], beside)
+
+
+def mark_published(run_dir: Path, version: str) -> None:
+    """Note what a finished run published, so that resuming it again does not publish a double."""
+    (run_dir / PUBLISHED).write_text(version + "\n")
+
+
+def refuse_finished(run_dir: Path, step: int, steps: int) -> None:
+    """UserError where the run to be resumed has done all its steps and published."""
+    published = run_dir / PUBLISHED
+    if step >= steps and published.is_file():
+        raise UserError(
+            f"resume={run_dir}: the run is finished, published as {published.read_text().strip()}; to go on from there, type a larger train.steps"
+        )
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The folder of the last complete state."""
+    states = sorted((run_dir / "state").glob("step-*"))
+    return states[-1] if states else None
+
+
+def rewind_logs(run_dir: Path, step: int, rt: Runtime) -> None:
+    """Metrics written after the state are cut, so that no step stands twice."""
+    if rt.is_main:
+        truncate_metrics(run_dir, step)
+    rt.barrier()
+
+
+def _write(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    index: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+    size = 0
+
+    def flush() -> None:
+        nonlocal shard, size
+        name = f"shard-{len(set(index.values())):05d}.safetensors"
+        save_file(shard, folder / name)
+        index.update(dict.fromkeys(shard, name))
+        shard, size = {}, 0
+
+    for key, tensor in tensors:
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            flush()
+        shard[key] = tensor.contiguous().clone()
+        size += tensor.nbytes
+    flush()
+    (folder / "index.json").write_text(json.dumps(index))
