@@ -258,7 +258,9 @@ class ExportConfig:
     """What a policy version holds."""
 
     merged: bool = False  # publish merged weights also where an adapter would do
-    dtype: str = "bfloat16"  # of merged weights; merging itself is in float32
+    dtype: str | None = (
+        None  # of whole weights; null: what loses nothing, float32 wherever an adapter is merged or float32 weights trained
+    )
 
 
 @dataclass

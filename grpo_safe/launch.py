@@ -139,10 +139,21 @@ def _resolve_versions(command: str, cfg: DictConfig) -> None:
         cfg.reward_model, cfg.reward_model_sha256 = _pinned(cfg, "reward-model", cfg.reward_model, cfg.reward_model_sha256)
         if re.fullmatch(r"latest|v\d+", cfg.policy.start):
             cfg.policy.start = str(checkpoint.open_version(store, "policy", cfg.policy.start, cfg.verify, "policy.start").path)
+        _resolve_soup(store, cfg)
     if command == "eval":
         cfg.policy, cfg.policy_sha256 = _pinned(cfg, "policy", cfg.policy, cfg.policy_sha256)
         judge = cfg.reward_model or _reward_model_of(checkpoint.locate(store, "policy", cfg.policy, "policy"))
         cfg.reward_model, cfg.reward_model_sha256 = _pinned(cfg, "reward-model", judge, cfg.reward_model_sha256)
+
+
+def _resolve_soup(store: Path, cfg: DictConfig) -> None:
+    """Published versions among the policies of algo.reference={name: soup, policies: [...]} -> their paths."""
+    if not OmegaConf.is_dict(cfg.algo.reference) or not OmegaConf.is_list(cfg.algo.reference.get("policies")):
+        return
+    for i, policy in enumerate(cfg.algo.reference.policies):
+        if re.fullmatch(r"latest|v\d+", str(policy)):
+            found = checkpoint.open_version(store, "policy", policy, cfg.verify, f"algo.reference.policies[{i}]")
+            cfg.algo.reference.policies[i] = str(found.path)
 
 
 def _pinned(cfg: DictConfig, kind: str, reference: str, frozen: str | None) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from grpo_safe.forward import attention
 from grpo_safe.forward.head import HeadLogps
 from grpo_safe.forward.layout import flat_row, right_padded, starts_group
 from grpo_safe.forward.plain import NOTHING, units
+from grpo_safe.models import is_lora
 from grpo_safe.records import Extras, TrainBatch
 
 # Their attention goes through transformers' AttentionInterface, positions are explicit, the logits are the LM head's output as it is.
@@ -105,4 +106,4 @@ class PackedForward(nn.Module):
 
 def _causal_lm(model: Any) -> Any:
     """The causal LM itself: peft's layers sit inside it."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_base_model() if is_lora(model) else model

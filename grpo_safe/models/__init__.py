@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,16 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from grpo_safe.config import BackboneConfig, LoraConfig, PolicyConfig, SamplingConfig
+from grpo_safe.config import BackboneConfig, ExportConfig, LoraConfig, PolicyConfig, SamplingConfig
 from grpo_safe.errors import UserError
 from grpo_safe.models import embedded
+from grpo_safe.models.dropout import without_dropout
+from grpo_safe.models.export import checked_export, log_probs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ADAPTER_CONFIG = "adapter_config.json"  # peft's name
+MANIFEST = "manifest.json"
+HEADS = r"(.*\.)?[^.]*(classifier|score)(\..*)?"  # peft trains what is named so whole, and cannot where an adapter is in it
 
 
 @dataclass(frozen=True)
@@ -27,10 +33,23 @@ class Start:
     name: str  # what the user wrote
     location: str  # a folder or a hub name
     options: dict[str, Any]
+    adapter: str | None = None  # a folder with a LoRA adapter of the model at `location`: the start is both together
+    dtype: str | None = None  # what the base of that adapter is rounded to before the adapter is added; None: as it is stored
 
     @property
     def is_hub(self) -> bool:
-        return not Path(self.location).is_dir()
+        """Whether the hub has this very model, so that a name is enough to find it again."""
+        return self.adapter is None and on_hub(self.location)
+
+    @property
+    def folder(self) -> str:
+        """What the user pointed at: where its tokenizer and its manifest are."""
+        return self.adapter or self.location
+
+
+def on_hub(location: str) -> bool:
+    """A location that is no folder is a hub name."""
+    return not Path(location).is_dir()
 
 
 def resolve_start(start: str, revision: str | None, trust_remote_code: bool, key: str) -> Start:
@@ -40,6 +59,8 @@ def resolve_start(start: str, revision: str | None, trust_remote_code: bool, key
         location = str(embedded.embedded_folder(start))
     elif start.startswith((".", "/", "~")) or start.count("/") != 1:
         location = str(Path(start).expanduser())
+        if (Path(location) / ADAPTER_CONFIG).is_file():
+            return _adapter_start(start, Path(location), trust_remote_code, key)
         if not (Path(location) / "config.json").is_file():
             raise UserError(
                 f"{key}={start}: no model folder (no config.json there); expected a folder, OWNER/NAME on the hub, embedded:NAME"
@@ -50,12 +71,49 @@ def resolve_start(start: str, revision: str | None, trust_remote_code: bool, key
     return Start(start, location, options)
 
 
+def _adapter_start(start: str, folder: Path, trust_remote_code: bool, key: str) -> Start:
+    """A LoRA adapter and the model that it was trained on: by its manifest where we published it, else by peft's own config."""
+    if (folder / MANIFEST).is_file():
+        layout = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["layout"]
+        name, revision, dtype = layout["base"], layout.get("revision"), layout.get("dtype")
+    else:
+        peft_config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        name, revision, dtype = peft_config.get("base_model_name_or_path"), peft_config.get("revision"), None
+    if not name:
+        raise UserError(
+            f"{key}={start}: {folder / ADAPTER_CONFIG} names no base model (base_model_name_or_path); merge the adapter, or name its base there"
+        )
+    base = resolve_start(name, revision, trust_remote_code, f"{key}={start}: its base")
+    if base.adapter is not None:
+        raise UserError(f"{key}={start}: its base {name} is an adapter too; merge that one first")
+    return replace(base, name=start, adapter=str(folder), dtype=dtype)
+
+
+def pinned(start: Start) -> Start:
+    """The start at the very commit that the hub (or its cache here) has now: what is loaded later, and by whoever opens what is published, is the
+    same. A local folder has no commit.
+    """
+    if not on_hub(start.location):
+        return start
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    try:
+        found = cached_file(start.location, "config.json", revision=start.options.get("revision"))
+    except OSError as error:
+        raise UserError(f"{start.name}: its config cannot be loaded ({str(error).splitlines()[0]:.160})") from error
+    commit = extract_commit_hash(found, None)
+    return start if commit is None else replace(start, options=start.options | {"revision": commit})
+
+
 def load_tokenizer(start: Start) -> Any:
     """The tokenizer; a pad token is chosen where there is none. UserError where it cannot be had."""
     from transformers import AutoTokenizer
 
+    options = start.options
+    if start.adapter is not None and (Path(start.adapter) / "tokenizer_config.json").is_file():
+        start, options = replace(start, location=start.adapter), {"trust_remote_code": options["trust_remote_code"]}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(start.location, **start.options)
+        tokenizer = AutoTokenizer.from_pretrained(start.location, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"{start.name}: its tokenizer cannot be loaded ({str(error).splitlines()[0]:.160})") from error
     if tokenizer.pad_token_id is None:
@@ -134,22 +192,49 @@ def load_policy(start: Start, cfg: PolicyConfig, master_weights: bool) -> nn.Mod
     master_weights: load in float32, because what trains must not be rounded to bfloat16 after each small step.
     """
     model = load_causal_lm(start, "float32" if master_weights else cfg.dtype, cfg.attn_implementation)
-    adapted = add_lora(model, cfg.lora, "CAUSAL_LM") if cfg.lora.enabled else model
+    adapted = add_lora(without_dropout(model), cfg.lora, "CAUSAL_LM") if cfg.lora.enabled else without_dropout(model)
     checkpoint_activations(adapted, cfg.gradient_checkpointing)
     return adapted
 
 
 def load_causal_lm(start: Start, dtype: str, attn_implementation: str = "sdpa") -> Any:
-    """A whole causal LM, or a LoRA policy folder (adapter merged); dropout off, as log-probs must repeat."""
+    """A whole causal LM for evaluation; a start with an adapter is merged in float32 and then cast."""
+    if start.adapter is None:
+        return _from_pretrained(start, DTYPES[dtype], attn_implementation)
+    return merged(_with_adapter(start, "float32", attn_implementation)).to(DTYPES[dtype])
+
+
+def _from_pretrained(start: Start, dtype: torch.dtype, attn_implementation: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            start.location, dtype=DTYPES[dtype], attn_implementation=attn_implementation, **start.options
+            start.location, dtype=dtype, attn_implementation=attn_implementation, **start.options
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{start.name}: cannot be loaded as a causal LM ({str(error).splitlines()[0]:.160})") from error
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers puts an adapter of the hub in, unmerged and unasked
+        raise UserError(
+            f"{start.name}: the hub holds a LoRA adapter under this name, no whole model; download it and give its folder, or name a merged model"
+        )
     return model.eval()
+
+
+def _with_adapter(start: Start, dtype: str, attn_implementation: str = "sdpa") -> Any:
+    """The base in `dtype` (rounded as it was in training) with its adapter, float32 and unmerged, beside it."""
+    from peft import PeftModel
+
+    assert start.adapter is not None
+    base = _from_pretrained(start, DTYPES[start.dtype or dtype], attn_implementation).to(DTYPES[dtype])
+    return PeftModel.from_pretrained(base, start.adapter).eval()
+
+
+def merged(adapted: Any) -> Any:
+    """A model with its adapter merged, and no trace of peft left on it."""
+    whole = adapted.merge_and_unload()
+    if hasattr(whole, "peft_config"):
+        del whole.peft_config
+    return whole.requires_grad_(True).eval()  # peft had frozen it
 
 
 def add_lora(model: nn.Module, cfg: LoraConfig, task: str) -> nn.Module:
@@ -158,8 +243,9 @@ def add_lora(model: nn.Module, cfg: LoraConfig, task: str) -> nn.Module:
     from peft import TaskType, get_peft_model
 
     peft_config = PeftConfig(
-        r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=cfg.target_modules, task_type=TaskType[task]
-    )
+        r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=cfg.target_modules, task_type=TaskType[task],
+        exclude_modules=HEADS if task == "SEQ_CLS" else None,
+    )  # fmt: skip
     return get_peft_model(model, peft_config)
 
 
@@ -168,29 +254,55 @@ def adapter_off(policy: Any) -> AbstractContextManager[Any]:
     return policy.disable_adapter() if is_lora(policy) else nullcontext()
 
 
-def is_lora(model: nn.Module) -> bool:
-    return hasattr(model, "peft_config")
+def is_lora(model: Any) -> bool:
+    """Whether add_lora was here. (An attribute peft_config proves nothing: merging leaves it behind.)"""
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
 
 
 def save_policy(
-    policy: nn.Module, tokenizer: Any, start: Start, folder: Path, cfg: PolicyConfig, merged: bool, dtype: str
-) -> dict[str, Any]:
+    policy: nn.Module, tokenizer: Any, start: Start, folder: Path, cfg: PolicyConfig, export: ExportConfig,
+    rows: Sequence[tuple[list[int], int]],
+) -> dict[str, Any]:  # fmt: skip
     """Write a policy that opens anywhere; returns what the manifest says of its layout.
 
     A LoRA policy on a hub base is an adapter. On any other base, whose path would be one machine's, the merged weights stand on top and the
-    adapter in adapter/. Merging is done in float32, then cast to `dtype`.
+    adapter in adapter/. Merging is done in float32, then cast to export.dtype. What was written is opened again, and its log-probs of `rows`
+    (see log_probs) compared with those of what was trained: UserError where the export is another policy.
     """
     tokenizer.save_pretrained(folder)
-    if is_lora(policy) and start.is_hub and not merged:
-        save_adapter(policy, folder)
-        return {"layout": "adapter", "base": start.name, "revision": start.options.get("revision")}
-    layout = {"layout": "full", "base": start.name, "dtype": dtype}
+    fresh = load_causal_lm(start, "float32")
+    before = torch.empty(0) if is_lora(policy) else log_probs(fresh, rows)
+    whole = detached_copy(policy, fresh, cfg.lora, "CAUSAL_LM")
+    trained = log_probs(whole, rows)
     if is_lora(policy):
-        save_adapter(policy, folder / "adapter")
-        layout |= {"layout": "merged", "adapter": "adapter/"}
-    whole = detached_copy(policy, lambda: load_causal_lm(start, "float32"), cfg.lora, "CAUSAL_LM")
-    whole.to(DTYPES[dtype]).save_pretrained(folder)
-    return layout
+        with adapter_off(whole):
+            before = log_probs(whole, rows)
+    layout: dict[str, Any] = {
+        "layout": "adapter",
+        "base": start.name,
+        "revision": start.options.get("revision"),
+        "dtype": cfg.dtype,
+    }
+    if is_lora(policy) and start.is_hub and not export.merged:
+        save_adapter(policy, folder)
+    else:
+        layout = {"layout": "full", "base": start.name, "dtype": export.dtype or lossless(policy)}
+        if is_lora(policy):
+            save_adapter(policy, folder / "adapter")
+            layout |= {"layout": "merged", "adapter": "adapter/"}
+            whole = merged(whole)
+        whole.to(DTYPES[layout["dtype"]]).save_pretrained(folder)
+    del whole, fresh
+    reread = log_probs(open_policy(folder, {"layout": layout}, "float32", cfg.trust_remote_code), rows)
+    return layout | {"export": checked_export(reread, trained, before, layout["dtype"])}
+
+
+def lossless(policy: Any) -> str:
+    """The narrowest dtype of whole weights that keeps what was trained: float32 unless the weights that trained are bfloat16 themselves."""
+    narrow = not is_lora(policy) and all(p.dtype == torch.bfloat16 for p in policy.parameters())
+    return "bfloat16" if narrow else "float32"
 
 
 def save_adapter(policy: Any, folder: Path) -> None:
@@ -199,29 +311,30 @@ def save_adapter(policy: Any, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # peft's card template: ours stands on top
 
 
-def detached_copy(model: nn.Module, reload: Callable[[], nn.Module], lora: LoraConfig, task: str) -> Any:
-    """A whole float32 copy on the CPU with LoRA merged, made from a freshly loaded start: nothing that trains is touched."""
-    fresh = reload()
-    if is_lora(model):
-        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+def detached_copy(model: nn.Module, fresh: Any, lora: LoraConfig, task: str) -> Any:
+    """`fresh`, the start loaded anew in float32 on the CPU, with every weight of the model and LoRA unmerged: nothing that trains is touched.
 
-        weights = {name: w.detach().float().cpu().clone() for name, w in get_peft_model_state_dict(model).items()}
-        adapted = add_lora(fresh, lora, task)
-        set_peft_model_state_dict(adapted, weights)
-        return adapted.merge_and_unload()  # type: ignore[operator]
-    fresh.load_state_dict({name: w.detach().float().cpu().clone() for name, w in model.state_dict().items()})
-    return fresh
+    Every weight, not only the adapter: what the start's files lack (a pooler, a pre-classifier) was drawn at random when the model was
+    loaded, and is drawn otherwise now; and a base that was rounded to bfloat16 is what the adapter was trained beside.
+    """
+    copy = add_lora(fresh, lora, task) if is_lora(model) else fresh
+    copy.load_state_dict({name: w.detach().float().cpu().clone() for name, w in model.state_dict().items()})
+    return copy.eval()
 
 
-def open_policy(folder: Path, manifest: dict[str, Any], dtype: str) -> Any:
-    """A published policy as a whole causal LM."""
+def open_policy(folder: Path, manifest: dict[str, Any], dtype: str, trust_remote_code: bool = False) -> Any:
+    """A published policy as a causal LM that computes what was trained.
+
+    An adapter is merged in float32; under bfloat16 it stays float32 beside its base, and weights with an adapter merged in stay float32:
+    rounded, most of what was learned would fall back to the start's.
+    """
     layout = manifest["layout"]
-    if layout["layout"] != "adapter":
-        return load_causal_lm(Start(str(folder), str(folder), {}), dtype)
-    from peft import PeftModel
-
-    base = resolve_start(layout["base"], layout["revision"], False, "policy")
-    return PeftModel.from_pretrained(load_causal_lm(base, dtype), str(folder)).merge_and_unload().eval()
+    if layout["layout"] == "adapter":
+        base = resolve_start(layout["base"], layout.get("revision"), trust_remote_code, "policy")
+        adapted = _with_adapter(replace(base, adapter=str(folder), dtype=layout.get("dtype")), dtype)
+        return merged(adapted) if dtype == "float32" else adapted
+    start = Start(str(folder), str(folder), {"trust_remote_code": trust_remote_code})
+    return load_causal_lm(start, "float32" if layout["layout"] == "merged" else dtype)
 
 
 # --- the reward model -------------------------------------------------------------------------------------------------
@@ -231,6 +344,10 @@ def load_backbone(start: Start, cfg: BackboneConfig, objectives: list[str], pad_
     """A sequence classifier with one regression output per objective, named by id2label."""
     from transformers import AutoModelForSequenceClassification
 
+    if start.adapter is not None:
+        raise UserError(
+            f"{start.name}: a LoRA adapter; expected a whole model to fit a reward model from (export.merged=true publishes one)"
+        )
     config = load_config(start)
     config.num_labels = len(objectives)
     config.problem_type = "regression"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from grpo_safe.data.text import ScoringInput, encode_for_scoring
-from grpo_safe.models import DTYPES, Start, load_tokenizer
+from grpo_safe.models import Start, load_tokenizer
 from grpo_safe.records import Prompt
 from grpo_safe.versions.checkpoint import Version
 
@@ -27,14 +27,12 @@ class RewardModel:
 
 def open_reward_model(found: Version, device: torch.device, dtype: str = "float32") -> RewardModel:
     """A published reward model, through plain AutoModelForSequenceClassification."""
-    from transformers import AutoModelForSequenceClassification
-
     scoring = found.manifest["scoring"]
-    model = AutoModelForSequenceClassification.from_pretrained(found.path, dtype=DTYPES[dtype])
+    model = open_classifier(found.path, dtype)
     tokenizer = load_tokenizer(Start(str(found.path), str(found.path), {}))
     names = [o["name"] for o in found.manifest["objectives"]]
     offsets = torch.tensor([o["offset"] for o in found.manifest["objectives"]])
-    return RewardModel(model.eval().to(device).requires_grad_(False), tokenizer, names, offsets, scoring["max_length"])
+    return RewardModel(model.to(device).requires_grad_(False), tokenizer, names, offsets, scoring["max_length"])
 
 
 def score_texts(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from grpo_safe.config import LimitConfig, ObjectiveConfig
 from grpo_safe.data.rows import import_function
 from grpo_safe.errors import UserError
+from grpo_safe.models import DTYPES
 from grpo_safe.models.reward_model import RewardModel, score_texts
 from grpo_safe.records import LabelledRow, Prompt, Scores
 from grpo_safe.rollout.dataset import label_scores
@@ -34,6 +37,13 @@ class Objectives:
         share = (step - 1) / max(1, steps - 1)
         ends = [self.moving.get(name, weight) for name, weight in zip(self.names, self.weights, strict=True)]
         return torch.tensor([a + share * (b - a) for a, b in zip(self.weights, ends, strict=True)])
+
+
+def open_classifier(folder: Path, dtype: str) -> Any:
+    """The weights of a published reward model alone."""
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
 
 
 def choose_objectives(configured: dict[str, ObjectiveConfig], heads: list[str]) -> Objectives:

@@ -17,7 +17,7 @@ from peft.tuners.lora import Linear as LoraLinear
 
 from grpo_safe.config import RolloutConfig, SamplingConfig
 from grpo_safe.errors import UserError
-from grpo_safe.models import Start
+from grpo_safe.models import DTYPES, Start
 from grpo_safe.rollout.engine import Decoded, Engine, whole
 from grpo_safe.rollout.weights import merged
 
@@ -81,7 +81,7 @@ def open_engine(
             disable_log_stats=True,
         )
     torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it for the whole process
-    colocated = Colocated(llm, max(ROUNDING[chosen], ROUNDING[dtype]), rollout.sleep, say)
+    colocated = Colocated(llm, max(ROUNDING[chosen], ROUNDING[dtype]), rollout.sleep, say, DTYPES[chosen])
     colocated.rest()
     return Engine(colocated.decode, all_at_once=True, exact=False)
 
@@ -89,15 +89,19 @@ def open_engine(
 class Colocated:
     """A vLLM engine beside the policy."""
 
-    def __init__(self, llm: Any, rounding: float, sleeps: bool, say: Callable[[str], None]) -> None:
-        self.llm, self.rounding, self.sleeps, self.say = llm, rounding, sleeps, say
+    def __init__(
+        self, llm: Any, rounding: float, sleeps: bool, say: Callable[[str], None], dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.llm, self.rounding, self.sleeps, self.say, self.dtype = llm, rounding, sleeps, say, dtype
         self.proven = False
+        self.told = dtype == torch.float32  # nothing of an adapter is lost in float32
 
     def decode(
         self, model: Any, prompt_ids: list[list[int]], noise: np.ndarray, group_size: int, sampling: SamplingConfig, ends: set[int], pad: int
     ) -> Decoded:  # fmt: skip
         """group_size completions of each prompt, by the weights that `model` has now."""
         self.push(model)
+        self.tell_rounding(model)
         if not self.proven:
             self.prove(model, prompt_ids[0], min(PROOF_TOKENS, sampling.max_new_tokens))
         rows = [row for row in prompt_ids for _ in range(group_size)]
@@ -131,6 +135,16 @@ class Colocated:
         if self.sleeps:
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
+
+    def tell_rounding(self, model: Any) -> None:
+        """Once, as soon as the adapter has changed a weight: how much of that change the engine does not see."""
+        if self.told or not (share := rounded_away(whole(model), self.dtype)):
+            return
+        self.told = True
+        self.say(
+            f"rollout=vllm: in {str(self.dtype).removeprefix('torch.')}, {share:.0%} of the weights that the adapter changes round back to the "
+            "start's, so completions come from a policy nearer to it; rollout.dtype=float32 samples from the policy itself"
+        )
 
     def rest(self) -> None:
         """Give the GPU's memory back until the next push."""
@@ -175,6 +189,19 @@ def merged_weights(lm: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{layer_name}.weight", merged(layer, parameter.detach())
         else:
             yield f"{layer_name}.{own}", parameter.detach()
+
+
+def rounded_away(lm: Any, dtype: torch.dtype) -> float:
+    """Share of the weights that an adapter changes which, rounded to `dtype`, are the base's again; 0 where there is no adapter."""
+    same = changed = 0
+    for layer in (m for m in lm.modules() if isinstance(m, LoraLinear)):
+        base: Any = layer.get_base_layer()
+        wide = base.weight.detach().float()
+        whole = merged(layer, wide)
+        differs = whole != wide
+        changed += int(differs.sum())
+        same += int((differs & (whole.to(dtype) == wide.to(dtype))).sum())
+    return same / changed if changed else 0.0
 
 
 def _take(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:

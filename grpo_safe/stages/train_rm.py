@@ -27,10 +27,14 @@ from grpo_safe.data.text import ScoringInput, encode_for_scoring, formatter_of
 from grpo_safe.errors import UserError
 from grpo_safe.models.reward_model import collate, token_batches
 from grpo_safe.records import LabelledRow, Row
+from grpo_safe.rewards import open_classifier
 from grpo_safe.rewards.card import Judged, reward_model_card, show_card, write_card
 from grpo_safe.runtime import Runtime, Trainable
 from grpo_safe.tracking import Tracker
 from grpo_safe.versions import checkpoint, resume
+
+EXPORT_ROWS = 16  # judged rows that are scored again by what was written
+EXPORT_GAP = {"float32": 1e-4, "bfloat16": 0.05}  # by how much their uncalibrated scores may differ in the mean
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ def run(cfg: TrainRMConfig, run_dir: Path) -> None:
     start = models.resolve_start(cfg.backbone.start, cfg.backbone.revision, cfg.backbone.trust_remote_code, "backbone.start")
     tokenizer = models.load_tokenizer(start)
     readable = models.context_length(models.load_config(start))
+    start = models.pinned(start)
     if cfg.backbone.max_length > readable:
         raise UserError(f"backbone.max_length={cfg.backbone.max_length}: {start.name} reads {readable} tokens")
     checkpoint.require_room(Path(cfg.store), 2 * models.weight_bytes(start) + 10**7, "a reward model")
@@ -246,11 +251,10 @@ def publish(
     in_float32 = replace(
         cfg.backbone, dtype="float32", gradient_checkpointing=False, lora=replace(cfg.backbone.lora, enabled=False)
     )
-
-    def reload() -> nn.Module:
-        return models.load_backbone(start, in_float32, names, tokenizer.pad_token_id)
-
-    model = models.detached_copy(whole.model, reload, cfg.backbone.lora, "SEQ_CLS")
+    fresh = models.load_backbone(start, in_float32, names, tokenizer.pad_token_id)
+    model = models.detached_copy(whole.model, fresh, cfg.backbone.lora, "SEQ_CLS")
+    if models.is_lora(model):
+        model = models.merged(model)
     left = models.fold_affine(model, torch.tensor(slope), torch.tensor(offset)).numpy()
     judged = [Judged(e.row, s * slope + offset, sum(len(i.ids) for i in e.inputs)) for e, s in zip(*judging, strict=True)]
     binary = [o.binary for o in cfg.data.objectives.values()]
@@ -275,7 +279,7 @@ def publish(
         "scoring": {"formatter": formatter_of(tokenizer), "max_length": cfg.backbone.max_length},
         "metrics": card,
         "parents": [],
-        "base": {"start": start.name, "revision": cfg.backbone.revision},
+        "base": {"start": start.name, "revision": start.options.get("revision")},
         "data": {"name": cfg.data.name, "licence": cfg.data.licence, "files": fingerprints},
     }
 
@@ -284,7 +288,32 @@ def publish(
         tokenizer.save_pretrained(folder)
         write_card(folder / "README.md", card, manifest)
         (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+        written = open_classifier(folder, "float32")
+        rows = slice(EXPORT_ROWS)
+        check_export(written, judged[rows], judging[0][rows], slope, left, tokenizer.pad_token_id, cfg.backbone.dtype)
 
     found = checkpoint.publish(Path(cfg.store), "reward-model", write, manifest)
     show_card(card, f"reward model {found.name}")
     tracker.say(f"published {found.path}")
+
+
+def check_export(
+    model: nn.Module, judged: list[Judged], examples: list[Example], slope: np.ndarray, offset: np.ndarray, pad: int, dtype: str
+) -> None:
+    """UserError where a published model, opened again, does not give the scores that the card is made of.
+
+    judged, examples: the same rows; slope, offset: [K] of the calibration and of what stays outside of the weights; dtype: of the judged forward.
+    """
+    with torch.inference_mode():
+        gaps = [
+            np.abs(model(**collate(e.inputs, pad, torch.device("cpu"))).logits.float().numpy() + offset - j.scores).mean(0)
+            for j, e in zip(judged, examples, strict=True)
+        ]
+    gap = np.mean(gaps, axis=0) / np.maximum(
+        1.0, slope
+    )  # a head that is stretched by its calibration shows rounding stretched too
+    if not gap.max() <= EXPORT_GAP[dtype]:  # nan too
+        raise UserError(
+            f"the reward model as written gives other scores than the one that was judged: {gap.max():.1e} apart in the mean of {len(gaps)} rows, "
+            f"{EXPORT_GAP[dtype]:g} is rounding. Nothing was published; choose another backbone.start, or backbone.lora.enabled=false"
+        )

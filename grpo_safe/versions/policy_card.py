@@ -17,7 +17,7 @@ def write_policy_card(path: Path, manifest: dict[str, Any]) -> None:
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+            f'base = AutoModelForCausalLM.from_pretrained("{base}", revision={layout.get("revision")!r}, dtype="{layout.get("dtype", "float32")}")',
             'model = PeftModel.from_pretrained(base, "FOLDER")',
         ]
     else:
@@ -39,6 +39,7 @@ def write_policy_card(path: Path, manifest: dict[str, Any]) -> None:
         f"System prompt in training: {manifest['system_prompt']!r}. Layout: {layout['layout']}"
         + ("; the LoRA adapter alone stands in `adapter/`." if "adapter" in layout else "."),
         "",
+        *export_lines(layout.get("export")),
         "Scores of its own reward model say how far training went, not how safe the policy is: `grpo-safe eval` compares it with its start.",
         "",
         "| figure at the last step | value |",
@@ -52,3 +53,14 @@ def write_policy_card(path: Path, manifest: dict[str, Any]) -> None:
         "",
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def export_lines(export: dict[str, float] | None) -> list[str]:
+    """How far these files, opened again, are from the policy that was trained."""
+    if export is None:
+        return []
+    return [
+        f"Opened again, its log-probs differ from the trained policy's by {export['log_prob_gap']:.1e} nats a token in the mean; training moved "
+        f"them by {export['log_prob_change']:.1e} (both over {export['tokens']:.0f} tokens, computed in float32).",
+        "",
+    ]

@@ -14,6 +14,7 @@ from typing import Any
 
 from grpo_safe.algorithm.comparison import State
 from grpo_safe.config import TrainPolicyConfig
+from grpo_safe.records import Rollout
 from grpo_safe.runtime.peak import peak_memory_gb
 from grpo_safe.stages.train_policy.collecting import add_fixed_logps, add_reference_hidden, collector, own_rows, train_batch
 from grpo_safe.stages.train_policy.comparing import arranged, compare_all, confidence_metrics, followed
@@ -41,6 +42,7 @@ def run(cfg: TrainPolicyConfig, run_dir: Path) -> None:
     best: dict[str, Any] = resumed.record.get("best", {})
 
     metrics: dict[str, Any] = resumed.record.get("metrics", {})
+    rollout: Rollout | None = None
     profiler = Profiler.start(cfg, s) if cfg.train.profile else None
     tracker.start(cfg.train.steps, resumed.step, "train-policy")
     for step in range(resumed.step + 1, cfg.train.steps + 1):
@@ -88,6 +90,6 @@ def run(cfg: TrainPolicyConfig, run_dir: Path) -> None:
     metrics = restore_best(s, run_dir, best, metrics)
     with s.trainable.gathered() as policy:
         if rt.is_main:
-            resume.mark_published(run_dir, publish(cfg, s, policy, metrics))
+            resume.mark_published(run_dir, publish(cfg, s, policy, metrics, rollout))
     rt.barrier()
     tracker.close()

@@ -13,11 +13,15 @@ from grpo_safe import models
 from grpo_safe.algorithm.constraints import limit_bound
 from grpo_safe.config import TrainPolicyConfig
 from grpo_safe.errors import UserError
+from grpo_safe.records import Rollout
 from grpo_safe.rewards import score
 from grpo_safe.rollout import sample
 from grpo_safe.stages.train_policy.setup import Setup
 from grpo_safe.versions import checkpoint, resume
 from grpo_safe.versions.policy_card import write_policy_card
+
+PROBES = 8  # rows on which an export is compared with what was trained
+PROBE_TOKENS = 64  # at most so many tokens of each are compared
 
 
 def validate(cfg: TrainPolicyConfig, s: Setup) -> dict[str, float]:
@@ -75,8 +79,8 @@ def restore_best(s: Setup, run_dir: Path, best: dict[str, Any], metrics: dict[st
     return metrics | best["validation"] | {"limits/held": 1.0, "limits/step": best["step"]}
 
 
-def publish(cfg: TrainPolicyConfig, s: Setup, policy: Any, metrics: dict[str, Any]) -> str:
-    """Write the policy as a version whose parents are named; returns where it lies."""
+def publish(cfg: TrainPolicyConfig, s: Setup, policy: Any, metrics: dict[str, Any], last: Rollout | None) -> str:
+    """Write the policy as a version whose parents are named; returns where it lies. last: the last rollout, where this process saw one."""
     parents = [s.reward_version.link]
     manifest: dict[str, Any] = {
         "command": cfg.command,
@@ -84,7 +88,7 @@ def publish(cfg: TrainPolicyConfig, s: Setup, policy: Any, metrics: dict[str, An
         "objectives": [{"name": n, "weight": w} for n, w in zip(s.objectives.names, s.objectives.weights, strict=True)],
         "metrics": {k: v for k, v in metrics.items() if k.startswith(("score/", "reward/mean", "kl", "validation/", "limit"))},
         "parents": parents + parent_policy(s.start),
-        "base": {"start": s.start.name, "revision": cfg.policy.revision},
+        "base": {"start": s.start.name, "revision": s.start.options.get("revision")},
         "system_prompt": s.read.system_prompt,
         "states_confidence": s.method.asks_confidence,
         "data": {"name": cfg.data.name, "licence": cfg.data.licence, "files": s.read.fingerprints},
@@ -92,9 +96,7 @@ def publish(cfg: TrainPolicyConfig, s: Setup, policy: Any, metrics: dict[str, An
     }
 
     def write(folder: Path) -> None:
-        manifest["layout"] = models.save_policy(
-            policy, s.tokenizer, s.start, folder, cfg.policy, cfg.export.merged, cfg.export.dtype
-        )
+        manifest["layout"] = models.save_policy(policy, s.tokenizer, s.start, folder, cfg.policy, cfg.export, probe_rows(s, last))
         write_policy_card(folder / "README.md", manifest)
 
     found = checkpoint.publish(Path(cfg.store), "policy", write, manifest)
@@ -102,8 +104,24 @@ def publish(cfg: TrainPolicyConfig, s: Setup, policy: Any, metrics: dict[str, An
     return str(found.path)
 
 
+def probe_rows(s: Setup, last: Rollout | None) -> list[tuple[list[int], int]]:
+    """(token ids, how many are known) of a few prompts with completions, on which an export is compared with what was trained.
+
+    A run that is resumed only to publish has no completions any more: then the prompts' own tokens.
+    """
+    if last is None:
+        return [(ids[:PROBE_TOKENS], 1) for ids in s.read.prompt_ids[:PROBES] if len(ids) > 1]
+    rows = []
+    for i in range(0, len(last), max(1, len(last) // PROBES)):
+        prompt = last.prompt_ids[i][last.prompt_mask[i].bool()].tolist()
+        completion = last.completion_ids[i][last.completion_mask[i].bool()].tolist()
+        if prompt and completion:
+            rows.append((prompt + completion[:PROBE_TOKENS], len(prompt)))
+    return rows[:PROBES] or probe_rows(s, None)
+
+
 def parent_policy(start: models.Start) -> list[dict[str, Any]]:
     """A policy that training went on from is a parent too."""
-    if not (Path(start.location) / checkpoint.MANIFEST).is_file():
+    if not (Path(start.folder) / checkpoint.MANIFEST).is_file():
         return []
-    return [checkpoint.locate(Path(), "policy", start.location, "policy.start").link]
+    return [checkpoint.locate(Path(), "policy", start.folder, "policy.start").link]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from grpo_safe.config import TrainPolicyConfig
 from grpo_safe.errors import UserError
 from grpo_safe.forward import PROVEN, PackedForward, policy_forward, why_not_packed
 from grpo_safe.models import memory, reference
+from grpo_safe.models.dropout import without_dropout
 from grpo_safe.models.reward_model import RewardModel, open_reward_model
 from grpo_safe.records import Extras
 from grpo_safe.rewards import Objectives, choose_objectives
@@ -67,6 +69,7 @@ def set_up(cfg: TrainPolicyConfig, run_dir: Path) -> Setup:
     start = models.resolve_start(cfg.policy.start, cfg.policy.revision, cfg.policy.trust_remote_code, "policy.start")
     tokenizer = models.load_tokenizer(start)
     config = models.load_config(start)
+    start = models.pinned(start)
     check_engine(cfg.rollout, config, runtime.on_gpu(cfg.launch))
     read = read_prompts(cfg, method, objectives, start, tokenizer, config)
     checkpoint.require_room(Path(cfg.store), 2 * models.weight_bytes(start) + 10**7, "a policy")
@@ -89,7 +92,7 @@ def set_up(cfg: TrainPolicyConfig, run_dir: Path) -> Setup:
     torch.manual_seed(cfg.seed)  # the adapter's first weights are the same on every rank
     reward_model = open_reward_model(found, rt.device, cfg.reward_model_dtype)
     frozen = frozen_reference(cfg, rt, method, start)
-    with runtime.partitioned_loading(rt):
+    with runtime.partitioned_loading(rt) if start.adapter is None else nullcontext():  # an adapter is merged into whole weights
         policy = models.load_policy(start, cfg.policy, master_weights=not cfg.policy.lora.enabled and rt.strategy == "single")
     if cfg.train.packed and (obstacle := why_not_packed(policy)):
         tracker.say(f"train.packed: a row per completion in the update, as {obstacle}")
@@ -135,7 +138,7 @@ def frozen_reference(cfg: TrainPolicyConfig, rt: Runtime, method: Method, start:
         )
     else:
         whole = models.load_causal_lm(start, cfg.policy.dtype, cfg.policy.attn_implementation)
-    return runtime.freeze(rt, policy_forward(whole, cfg.train.packed))
+    return runtime.freeze(rt, policy_forward(without_dropout(whole), cfg.train.packed))
 
 
 def memory_warning(
