@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -36,6 +36,7 @@ CHOICES: list[tuple[str, tuple[bool | str, ...]]] = [
     ("reward_model_gate", ("error", "warn")),
     ("reward_model_dtype", ("float32", "bfloat16")),
     ("verify", ("full", "quick")),
+    ("data.overlong", ("error", "skip", "cut")),
 ]
 
 # Numbers that must be positive, and numbers that must not be negative.
@@ -114,6 +115,13 @@ def _check_together(cfg: DictConfig) -> None:
             raise UserError(f"data.objectives.{name}.range={list(objective.range)}: expected two different numbers [lo, hi]")
     if OmegaConf.select(cfg, "sampling.top_p") is not None and not 0 < cfg.sampling.top_p <= 1:
         raise UserError(f"sampling.top_p={cfg.sampling.top_p}: expected a share above 0, at most 1")
+    for section in ("policy", "backbone"):
+        targets = OmegaConf.select(cfg, f"{section}.lora.target_modules", default="all-linear")
+        listed = [targets] if isinstance(targets, str) else targets
+        if not isinstance(listed, (list, ListConfig)) or not listed or not all(isinstance(name, str) and name for name in listed):
+            raise UserError(
+                f"{section}.lora.target_modules={targets}: expected all-linear, a layer's name or a list of names such as [q_proj,v_proj]"
+            )
     if "rollout" in cfg:
         _check_rollout(cfg)
     if "algo" not in cfg:

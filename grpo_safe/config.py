@@ -44,7 +44,7 @@ class LoraConfig:
     r: int = 16
     alpha: int = 32  # alpha = 2 r, as public GRPO runs set it
     dropout: float = 0.0  # 0, or log-probs at sampling and in the update differ
-    target_modules: str = "all-linear"
+    target_modules: Any = "all-linear"  # all-linear, a layer's name or a list of them, or a regular expression of whole names
 
 
 @dataclass
@@ -101,7 +101,10 @@ class DataConfig:
     objectives: dict[str, DataObjectiveConfig] = field(default_factory=dict)
     pair_objective: str | None = None  # the objective of every preference row, where no column says it
     row_function: str | None = None  # import path of (row: dict) -> list[dict], for shapes that columns cannot express
-    limit: int | None = None  # at most so many rows of each split, drawn with the seed
+    limit: int | None = None  # at most so many rows, or prompts, of each split, drawn with the seed
+    overlong: str = (
+        "error"  # error | skip | cut: a prompt that the policy's context cannot hold; cut: the left side of its text goes
+    )
 
 
 @dataclass
@@ -210,7 +213,7 @@ class SamplingConfig:
     """How completions are drawn."""
 
     max_new_tokens: int = 256
-    max_prompt_tokens: int | None = None  # null: what the context leaves; a longer prompt is an error
+    max_prompt_tokens: int | None = None  # null: what the context leaves; a longer prompt: see data.overlong
     temperature: float = 1.0
     top_p: float = 1.0
     batch_size: int = 128  # completions decoded at once on one process
@@ -336,6 +339,7 @@ class EvalConfig:
     eval: EvalLoopConfig = field(default_factory=EvalLoopConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    trust_remote_code: bool = False  # run code that comes with the policy or its start (policy.trust_remote_code of its training)
 
 
 SCHEMAS = {"train-rm": TrainRMConfig, "train-policy": TrainPolicyConfig, "eval": EvalConfig}

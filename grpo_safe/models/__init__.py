@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -27,10 +28,16 @@ class Start:
     name: str  # what the user wrote
     location: str  # a folder or a hub name
     options: dict[str, Any]
+    key: str = ""  # the config key that named it, for messages
 
     @property
     def is_hub(self) -> bool:
         return not Path(self.location).is_dir()
+
+    @property
+    def called(self) -> str:
+        """How a message names it: KEY=NAME."""
+        return f"{self.key}={self.name}" if self.key else self.name
 
 
 def resolve_start(start: str, revision: str | None, trust_remote_code: bool, key: str) -> Start:
@@ -47,7 +54,7 @@ def resolve_start(start: str, revision: str | None, trust_remote_code: bool, key
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         options["revision"] = revision
-    return Start(start, location, options)
+    return Start(start, location, options, key)
 
 
 def load_tokenizer(start: Start) -> Any:
@@ -56,10 +63,15 @@ def load_tokenizer(start: Start) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(start.location, **start.options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{start.name}: its tokenizer cannot be loaded ({str(error).splitlines()[0]:.160})") from error
+    except Exception as error:  # transformers, tokenizers and a model's own code raise many kinds
+        raise UserError(f"{start.called}: its tokenizer cannot be loaded ({reason(error)})") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise UserError(
+            f"{start.called}: its tokenizer has neither an end token nor a pad token; expected eos_token in its tokenizer_config.json, "
+            "or nothing tells when a completion ends and what fills a batch"
+        )
     return tokenizer
 
 
@@ -69,13 +81,108 @@ def load_config(start: Start) -> Any:
 
     try:
         return AutoConfig.from_pretrained(start.location, **start.options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{start.name}: its config cannot be loaded ({str(error).splitlines()[0]:.160})") from error
+    except Exception as error:  # of the library, of JSON, or of a model's own code
+        raise UserError(f"{start.called}: its config cannot be loaded ({reason(error)})") from error
+
+
+def reason(error: BaseException) -> str:
+    """A library's error on one line."""
+    if "trust_remote_code" in str(error):
+        return "it comes with code of its own; if you trust it: policy.trust_remote_code=true, backbone. in train-rm, trust_remote_code=true in eval"
+    lines = str(error).strip().splitlines()
+    text = f"{lines[0]:.200}" if lines else type(error).__name__
+    return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
+
+
+# Encoders that count positions from padding_idx + 1, so that the first rows of their position table are never a token's.
+OFFSET_POSITIONS = {
+    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
 
 
 def context_length(config: Any) -> int:
     """Tokens that the model can attend to."""
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**20)
+    positions = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**20)
+    if getattr(config, "model_type", None) in OFFSET_POSITIONS:
+        positions -= 1 + int(config.pad_token_id if config.pad_token_id is not None else 1)
+    return positions
+
+
+def check_tokens(tokenizer: Any, config: Any, start: Start) -> None:
+    """UserError where the tokenizer's pad or end token has no row in the model's embeddings."""
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    for what in ("pad_token", "eos_token"):
+        token = getattr(tokenizer, f"{what}_id")
+        if rows is not None and token is not None and token >= rows:
+            raise UserError(
+                f"{start.called}: its {what} {getattr(tokenizer, what)!r} has id {token}, and its embeddings end at {rows - 1}; resize the "
+                f"embeddings, or name a {what} that they hold in its tokenizer_config.json"
+            )
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def load_weights(auto: Any, start: Start, what: str, attn_implementation: str, new_head: bool, **options: Any) -> Any:
+    """auto.from_pretrained of `start`, every weight of it from the checkpoint.
+
+    new_head: layers that a sequence classifier adds to its backbone may be new; else nothing may. UserError where the weights cannot be read, or
+    where some are not those of this model: from_pretrained would fill the gaps with random numbers.
+    """
+    try:
+        model, info = auto.from_pretrained(
+            start.location, attn_implementation=attn_implementation, output_loading_info=True, ignore_mismatched_sizes=True,
+            **options, **start.options,
+        )  # fmt: skip
+    except (
+        Exception
+    ) as error:  # also of safetensors, of a quantizer or an attention kernel that is not installed, of a model's own code
+        section = start.key.rpartition(".")[0]
+        chosen = (
+            ""
+            if attn_implementation == "sdpa" and "attention" not in str(error)
+            else f" with {section or 'model'}.attn_implementation={attn_implementation}"
+        )
+        raise UserError(f"{start.called}: cannot be loaded as a {what}{chosen} ({reason(error)})") from error
+    faults = misfits(model, info, new_head)
+    if faults:
+        raise UserError(
+            f"{start.called}: its weights are not those of a {type(model).__name__}: {'; '.join(faults)}; expected a checkpoint that its "
+            "config.json describes, as save_pretrained writes it"
+        )
+    return model
+
+
+def misfits(model: Any, info: dict[str, Any], new_head: bool) -> list[str]:
+    """What from_pretrained's loading info says of weights that are missing, left over, or of another shape; empty where all is well.
+
+    Left over may be what belongs to a part that the model does not have (another head). new_head: missing, or of another shape, may be
+    what stands outside of the backbone, and a pooler.
+    """
+    prefix = f"{model.base_model_prefix}."
+    backbone = getattr(model, model.base_model_prefix, model)
+    inside = {name.removeprefix(prefix).split(".")[0] for name, _ in model.named_parameters()}
+
+    def of_head(name: str) -> bool:
+        return new_head and backbone is not model and (not name.startswith(prefix) or "pooler" in name.split("."))
+
+    lost = sorted(name for name in info["missing_keys"] if not of_head(name))
+    shapes = sorted(entry for entry in map(tuple, info["mismatched_keys"]) if not of_head(entry[0]))
+    extra = sorted(name for name in info["unexpected_keys"] if name.removeprefix(prefix).split(".")[0] in inside)
+    faults = []
+    if lost:
+        also = sorted(info["unexpected_keys"])
+        named_otherwise = f" (it holds {', '.join(also[:2])} ... instead)" if also else ""
+        faults.append(f"{len(lost)} are missing, {', '.join(lost[:3])}{' ...' if len(lost) > 3 else ''}{named_otherwise}")
+    if shapes:
+        name, found, expected = shapes[0]
+        faults.append(f"{len(shapes)} have another shape, {name} is {list(found)} and not {list(expected)}")
+    if extra:
+        faults.append(f"{len(extra)} have no place in it, {', '.join(extra[:3])}{' ...' if len(extra) > 3 else ''}")
+    if info.get("error_msgs"):
+        faults.append(str(info["error_msgs"][0]).strip().splitlines()[0])
+    return faults
 
 
 def prompt_room(config: Any, start: Start, sampling: SamplingConfig) -> int:
@@ -86,6 +193,14 @@ def prompt_room(config: Any, start: Start, sampling: SamplingConfig) -> int:
             f"sampling.max_new_tokens={sampling.max_new_tokens}: the context of {start.name} leaves no room for a prompt"
         )
     return min(room, sampling.max_prompt_tokens or room)
+
+
+def prompt_bound(config: Any, sampling: SamplingConfig) -> str:
+    """Which of prompt_room's bounds holds, for messages."""
+    context = context_length(config)
+    if sampling.max_prompt_tokens is not None and sampling.max_prompt_tokens <= context - sampling.max_new_tokens:
+        return f"sampling.max_prompt_tokens={sampling.max_prompt_tokens}"
+    return f"the model's context of {context} beside sampling.max_new_tokens={sampling.max_new_tokens}"
 
 
 def weight_bytes(start: Start) -> int:
@@ -134,6 +249,8 @@ def load_policy(start: Start, cfg: PolicyConfig, master_weights: bool) -> nn.Mod
     master_weights: load in float32, because what trains must not be rounded to bfloat16 after each small step.
     """
     model = load_causal_lm(start, "float32" if master_weights else cfg.dtype, cfg.attn_implementation)
+    if cfg.lora.enabled:
+        check_targets(model, cfg.lora, "policy.lora")
     adapted = add_lora(model, cfg.lora, "CAUSAL_LM") if cfg.lora.enabled else model
     checkpoint_activations(adapted, cfg.gradient_checkpointing)
     return adapted
@@ -143,12 +260,7 @@ def load_causal_lm(start: Start, dtype: str, attn_implementation: str = "sdpa") 
     """A whole causal LM, or a LoRA policy folder (adapter merged); dropout off, as log-probs must repeat."""
     from transformers import AutoModelForCausalLM
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            start.location, dtype=DTYPES[dtype], attn_implementation=attn_implementation, **start.options
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{start.name}: cannot be loaded as a causal LM ({str(error).splitlines()[0]:.160})") from error
+    model = load_weights(AutoModelForCausalLM, start, "causal LM", attn_implementation, False, dtype=DTYPES[dtype])
     return model.eval()
 
 
@@ -158,9 +270,48 @@ def add_lora(model: nn.Module, cfg: LoraConfig, task: str) -> nn.Module:
     from peft import TaskType, get_peft_model
 
     peft_config = PeftConfig(
-        r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=cfg.target_modules, task_type=TaskType[task]
+        r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=lora_targets(cfg), task_type=TaskType[task]
     )
     return get_peft_model(model, peft_config)
+
+
+def lora_targets(cfg: LoraConfig) -> str | list[str]:
+    """target_modules as peft takes it: all-linear, a regular expression of whole names, or a list of last parts of names (a single one too)."""
+    chosen = cfg.target_modules
+    return [chosen] if isinstance(chosen, str) and chosen != "all-linear" and chosen.replace("_", "").isalnum() else chosen
+
+
+def check_targets(model: nn.Module, cfg: LoraConfig, key: str) -> None:
+    """UserError where `key`.target_modules names what the model lacks, or what LoRA cannot stand around."""
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, Conv1D)
+    targets = lora_targets(cfg)
+    if targets == "all-linear":
+        return
+    modules = dict(model.named_modules())
+    fault = None
+    for target in [targets] if isinstance(targets, str) else targets:
+        try:
+            found = [name for name in modules if _is_target(name, target, whole=isinstance(targets, str))]
+        except re.error as error:
+            fault = f"{target!r} is no regular expression ({error})"
+            break
+        other = [name for name in found if not isinstance(modules[name], kinds)]
+        if not found:
+            fault = f"the model has no {target!r}"
+        elif other:
+            fault = f"{other[0]} is a {type(modules[other[0]]).__name__}, which LoRA cannot adapt"
+    if fault:
+        linear = sorted({name.rpartition(".")[2] for name, m in modules.items() if isinstance(m, (nn.Linear, Conv1D))})
+        raise UserError(
+            f"{key}.target_modules={cfg.target_modules}: {fault}; its linear layers are {', '.join(linear)}; expected all-linear, names of "
+            "layers such as [q_proj,v_proj], or a regular expression of whole names"
+        )
+
+
+def _is_target(name: str, target: str, whole: bool) -> bool:
+    return re.fullmatch(target, name) is not None if whole else name == target or name.endswith(f".{target}")
 
 
 def adapter_off(policy: Any) -> AbstractContextManager[Any]:
@@ -213,14 +364,14 @@ def detached_copy(model: nn.Module, reload: Callable[[], nn.Module], lora: LoraC
     return fresh
 
 
-def open_policy(folder: Path, manifest: dict[str, Any], dtype: str) -> Any:
+def open_policy(folder: Path, manifest: dict[str, Any], dtype: str, trust_remote_code: bool = False) -> Any:
     """A published policy as a whole causal LM."""
     layout = manifest["layout"]
     if layout["layout"] != "adapter":
-        return load_causal_lm(Start(str(folder), str(folder), {}), dtype)
+        return load_causal_lm(Start(str(folder), str(folder), {"trust_remote_code": trust_remote_code}, "policy"), dtype)
     from peft import PeftModel
 
-    base = resolve_start(layout["base"], layout["revision"], False, "policy")
+    base = resolve_start(layout["base"], layout["revision"], trust_remote_code, "policy")
     return PeftModel.from_pretrained(load_causal_lm(base, dtype), str(folder)).merge_and_unload().eval()
 
 
@@ -241,12 +392,22 @@ def load_backbone(start: Start, cfg: BackboneConfig, objectives: list[str], pad_
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attention_dropout"):
             if hasattr(config, name):
                 setattr(config, name, cfg.dropout)
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            start.location, config=config, dtype=DTYPES[cfg.dtype], attn_implementation=cfg.attn_implementation, **start.options
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{start.called}: a {config.model_type} is an encoder-decoder; expected an encoder (such as BERT) or a causal LM, which reads prompt "
+            "and answer as one text"
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{start.name}: cannot be loaded as a sequence classifier ({str(error).splitlines()[0]:.160})") from error
+    model = load_weights(
+        AutoModelForSequenceClassification,
+        start,
+        "sequence classifier",
+        cfg.attn_implementation,
+        True,
+        config=config,
+        dtype=DTYPES[cfg.dtype],
+    )
+    if cfg.lora.enabled:
+        check_targets(model, cfg.lora, "backbone.lora")
     adapted = add_lora(model, cfg.lora, "SEQ_CLS") if cfg.lora.enabled else model
     checkpoint_activations(adapted, cfg.gradient_checkpointing)
     return adapted

@@ -75,3 +75,19 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     configured = getattr(model.generation_config, "eos_token_id", None)
     ends = {configured} if isinstance(configured, int) else set(configured or [])
     return ends | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
+
+
+def answer_end(model: Any, tokenizer: Any) -> int:
+    """The token that a whole answer ends with when the policy samples it: the one of end_tokens that its chat template puts behind an answer.
+
+    That need not be the tokenizer's end token (which it is where there is no such template): Llama 3 and Gemma end a turn with another.
+    """
+    answer = "Good morning."
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+    if tokenizer.chat_template:
+        behind = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(answer)[2]
+        ends = end_tokens(model, tokenizer)
+        for token in tokenizer(behind, add_special_tokens=False)["input_ids"]:
+            if token in ends:
+                return int(token)
+    return int(tokenizer.eos_token_id)

@@ -48,26 +48,32 @@ def run(cfg: EvalConfig, run_dir: Path) -> None:
     policy_version = checkpoint.open_version(store, "policy", cfg.policy, "quick", "policy", cfg.policy_sha256)
     judge = str(cfg.reward_model)
     judge_version = checkpoint.open_version(store, "reward-model", judge, "quick", "reward_model", cfg.reward_model_sha256)
-    prompts = load_prompts(cfg.data, "heldout")[0][: cfg.eval.prompts]
-    start = models.resolve_start(
-        policy_version.manifest["base"]["start"], policy_version.manifest["base"]["revision"], False, "policy's start"
-    )
-    tokenizer = models.load_tokenizer(models.Start(str(policy_version.path), str(policy_version.path), {}))
+    prompts = load_prompts(cfg.data, "heldout", cfg.seed)[0][: cfg.eval.prompts]
+    base, trusted = policy_version.manifest["base"], cfg.trust_remote_code
+    start = models.resolve_start(base["start"], base["revision"], trusted, "policy's start")
+    folder = str(policy_version.path)
+    tokenizer = models.load_tokenizer(models.Start(folder, folder, {"trust_remote_code": trusted}, "policy"))
     config = models.load_config(start)
     check_engine(cfg.rollout, config, runtime.on_gpu(cfg.launch))
     room = models.prompt_room(config, start, cfg.sampling)
-    prompt_ids = encode_prompts(tokenizer, prompts, policy_version.manifest["system_prompt"], room)
+    read = encode_prompts(
+        tokenizer, prompts, policy_version.manifest["system_prompt"], room, cfg.data.overlong,
+        models.prompt_bound(config, cfg.sampling), "policy",
+    )  # fmt: skip
+    prompts, prompt_ids = read.prompts, read.ids
 
     rt = runtime.start(cfg.launch, 1.0, False)
     tracker = Tracker(cfg.tracking, run_dir, asdict(cfg), rt.is_main)
     reward_model = open_reward_model(judge_version, rt.device, cfg.reward_model_dtype)
+    for note in read.notes:
+        tracker.say(f"data.heldout: {note}")
     tracker.say(f"eval: policy {policy_version.name} against {start.name} on {len(prompts)} prompts, judge {judge_version.name}")
     spoken = unstated if policy_version.manifest.get("states_confidence") else list
     engine = open_engine(cfg.rollout, start, cfg.dtype, cfg.sampling, prompt_ids, rt.device, tracker.say)
     answers = {}
     openers = {
         "start": lambda: models.load_causal_lm(start, cfg.dtype),
-        "policy": lambda: models.open_policy(policy_version.path, policy_version.manifest, cfg.dtype),
+        "policy": lambda: models.open_policy(policy_version.path, policy_version.manifest, cfg.dtype, cfg.trust_remote_code),
     }
     tracker.start(len(openers) * len(rt.share(prompts)), 0, "eval", unit="prompt")
     for who, opener in openers.items():

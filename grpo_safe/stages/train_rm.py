@@ -64,7 +64,9 @@ def run(cfg: TrainRMConfig, run_dir: Path) -> None:
     train_rows, validation_rows = load_rows(cfg.data, cfg.seed)
     start = models.resolve_start(cfg.backbone.start, cfg.backbone.revision, cfg.backbone.trust_remote_code, "backbone.start")
     tokenizer = models.load_tokenizer(start)
-    readable = models.context_length(models.load_config(start))
+    config = models.load_config(start)
+    models.check_tokens(tokenizer, config, start)
+    readable = models.context_length(config)
     if cfg.backbone.max_length > readable:
         raise UserError(f"backbone.max_length={cfg.backbone.max_length}: {start.name} reads {readable} tokens")
     checkpoint.require_room(Path(cfg.store), 2 * models.weight_bytes(start) + 10**7, "a reward model")

@@ -17,7 +17,7 @@ from grpo_safe.forward import micro_batches, policy_outputs
 from grpo_safe.models import reference
 from grpo_safe.records import Extras, PolicyOutputs, Rollout, Scores, TrainBatch, join_scores
 from grpo_safe.rewards import score, score_labels
-from grpo_safe.rollout import sample
+from grpo_safe.rollout import answer_end, sample
 from grpo_safe.rollout.dataset import given
 from grpo_safe.rollout.rollouts import join, select
 from grpo_safe.runtime import Runtime
@@ -67,7 +67,7 @@ def collect_given(
     with watch("sampling"):
         rollout, rows = given(
             s.tokenizer, [s.read.given.answers[i] for i in mine], [s.read.prompt_ids[i] for i in mine], cfg.algo.group_size,
-            cfg.sampling.max_new_tokens, cfg.seed, step,
+            cfg.sampling.max_new_tokens, cfg.seed, step, answer_end(s.trainable.module, s.tokenizer),
         )  # fmt: skip
     with watch("scoring"):
         if cfg.train.scores == "labels":

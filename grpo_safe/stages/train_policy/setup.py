@@ -18,7 +18,7 @@ from grpo_safe.models.reward_model import RewardModel, open_reward_model
 from grpo_safe.records import Extras
 from grpo_safe.rewards import Objectives, choose_objectives
 from grpo_safe.rewards.card import check_gate
-from grpo_safe.rollout import check_engine, open_engine
+from grpo_safe.rollout import answer_end, check_engine, open_engine
 from grpo_safe.rollout.engine import Engine
 from grpo_safe.runtime import Runtime, Trainable
 from grpo_safe.stages.train_policy.method import Method, build_method
@@ -84,6 +84,8 @@ def set_up(cfg: TrainPolicyConfig, run_dir: Path) -> Setup:
     )
     if too_big:
         tracker.say(f"warning: {too_big}")
+    for note in read.notes:
+        tracker.say(note)
     if read.given is not None:
         tracker.say(f"rollout=dataset: {read.given.left_out} prompts with fewer than {cfg.algo.group_size} answers are left out")
     torch.manual_seed(cfg.seed)  # the adapter's first weights are the same on every rank
@@ -98,7 +100,7 @@ def set_up(cfg: TrainPolicyConfig, run_dir: Path) -> Setup:
     forward = policy_forward(policy, cfg.train.packed, critic="values" in method.loss.needs)
     trainable = runtime.prepare(rt, policy, cfg.optim, cfg.policy.dtype == "bfloat16", through=forward)
     extras = Extras(
-        eos=tokenizer.eos_token_id if "eos" in method.loss.needs else None,
+        eos=answer_end(policy, tokenizer) if "eos" in method.loss.needs else None,
         reference_head=reference_head(frozen) if "ref_kl" in method.loss.needs else None,
     )
     moving = None
