@@ -114,6 +114,10 @@ def _check_together(cfg: DictConfig) -> None:
             raise UserError(f"data.objectives.{name}.range={list(objective.range)}: expected two different numbers [lo, hi]")
     if OmegaConf.select(cfg, "sampling.top_p") is not None and not 0 < cfg.sampling.top_p <= 1:
         raise UserError(f"sampling.top_p={cfg.sampling.top_p}: expected a share above 0, at most 1")
+    if OmegaConf.select(cfg, "policy.lora.dropout"):
+        raise UserError(
+            f"policy.lora.dropout={cfg.policy.lora.dropout}: the log-probs of sampling, update and reference must be those of one policy; expected 0"
+        )
     if "rollout" in cfg:
         _check_rollout(cfg)
     if "algo" not in cfg:

@@ -149,7 +149,18 @@ def load_causal_lm(start: Start, dtype: str, attn_implementation: str = "sdpa") 
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{start.name}: cannot be loaded as a causal LM ({str(error).splitlines()[0]:.160})") from error
-    return model.eval()
+    return dropout_off(model).eval()
+
+
+def dropout_off(model: nn.Module) -> nn.Module:
+    """Every dropout of the modules at 0, in training mode too: a policy's log-probs must repeat. The config, which is published, keeps its own."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):  # what attention hands to its kernel
+                setattr(module, name, 0.0)
+    return model
 
 
 def add_lora(model: nn.Module, cfg: LoraConfig, task: str) -> nn.Module:
