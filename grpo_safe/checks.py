@@ -46,7 +46,7 @@ POSITIVE = (
     "train.save_every", "train.eval_every", "train.keep_states", "launch.processes", "eval.completions", "eval.prompts",
     "data.limit", "train.log_every", "train.bootstrap", "train.eval_prompts", "eval.bootstrap", "eval.score_batch_tokens",
     "rollout.sampler_cap", "rollout.gpu_memory", "rollout.kv_cache_gb", "algo.sampler_cap", "algo.overlong_share",
-    "sampling.max_prompt_tokens", "policy.lora.r", "backbone.lora.r", "launch.bucket_elements", "launch.timeout_minutes",
+    "train.max_skipped", "sampling.max_prompt_tokens", "policy.lora.r", "backbone.lora.r", "launch.bucket_elements", "launch.timeout_minutes",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "algo.clip_eps", "algo.clip_eps_high", "algo.resample_ties", "algo.kl_coef", "algo.tau", "algo.tie_spread", "algo.entropy_coef", "algo.truncation_penalty",

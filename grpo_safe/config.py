@@ -129,7 +129,8 @@ class TrainRMLoopConfig:
     calibrate: bool = True  # affine fit with positive slope on half of the validation prompts
     bootstrap: int = 1000  # resamples of the card's intervals
     log_every: int = 10
-    save_every: int | None = None  # optimizer steps between resume states; null: none
+    save_every: int | None = None  # optimizer steps between resume states; null: one, when the fit is done
+    max_skipped: int = 3  # steps in a row whose gradient is not finite, each left out, before the run stops
 
 
 @dataclass
@@ -251,6 +252,7 @@ class TrainPolicyLoopConfig:
     keep_states: int = 2  # resume states kept
     eval_every: int | None = None  # steps between evaluations on data.validation
     eval_prompts: int = 32  # how many of them
+    max_skipped: int = 3  # steps in a row whose gradient is not finite, each left out, before the run stops
 
 
 @dataclass

@@ -230,6 +230,8 @@ def _raise_worker_error(run_dir: Path, code: int) -> None:
     entry = json.loads(path.read_text())
     if entry["kind"] == "user":
         raise UserError(entry["message"])
+    if entry["kind"] == "stage":
+        raise StageError(f"{entry['message']} (run directory {run_dir})")
     raise StageError(f"{entry['message']} (rank {entry['rank']}; traceback above; run directory {run_dir})")
 
 

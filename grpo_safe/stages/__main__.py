@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from grpo_safe.checks import load_frozen, typed
-from grpo_safe.errors import UserError
+from grpo_safe.errors import StageError, UserError
 
 MODULES = {"train_rm": "train-rm", "train_policy": "train-policy", "evaluate": "eval"}
 
@@ -33,6 +33,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         _report(run_dir, "user", str(error))
         return 2
+    except StageError as error:
+        _report(run_dir, "stage", str(error))
+        return 1
     except Exception as error:
         _report(run_dir, "internal", f"{type(error).__name__}: {error}")
         traceback.print_exc()

@@ -48,6 +48,7 @@ def step_metrics(
             for figure in ("mean", "low", "holds", "multiplier", "no_spread")
         }
     tokens = max(1.0, update_sums["tokens"])
+    metrics["skipped_updates"] = update_sums["skipped_updates"]
     metrics["loss"] = update_sums["loss"] / update_sums["passes"]
     for figure in ("kl", "ref_kl", "entropy", "ratio", "sampler_gap", "sampler_ratio", "sampler_weight", "sampler_cut"):
         if figure in update_sums and (rollout.sampled or not figure.startswith("sampler_")):
