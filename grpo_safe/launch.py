@@ -141,7 +141,7 @@ def _resolve_versions(command: str, cfg: DictConfig) -> None:
             cfg.policy.start = str(checkpoint.open_version(store, "policy", cfg.policy.start, cfg.verify, "policy.start").path)
     if command == "eval":
         cfg.policy, cfg.policy_sha256 = _pinned(cfg, "policy", cfg.policy, cfg.policy_sha256)
-        judge = cfg.reward_model or _reward_model_of(checkpoint.locate(store, "policy", cfg.policy, "policy"))
+        judge = cfg.reward_model or _reward_model_of(checkpoint.locate(store, "policy", cfg.policy, "policy"), store)
         cfg.reward_model, cfg.reward_model_sha256 = _pinned(cfg, "reward-model", judge, cfg.reward_model_sha256)
 
 
@@ -151,10 +151,17 @@ def _pinned(cfg: DictConfig, kind: str, reference: str, frozen: str | None) -> t
     return str(found.path), str(found.manifest["content_sha256"])
 
 
-def _reward_model_of(policy: checkpoint.Version) -> str:
+def _reward_model_of(policy: checkpoint.Version, store: Path) -> str:
+    """Path of the reward model that a policy was trained against: the one with its content, whatever its number in this store."""
     for parent in policy.manifest["parents"]:
         if parent["kind"] == "reward-model":
-            return f"v{parent['version']}"
+            found = checkpoint.find_content(store, "reward-model", parent["content_sha256"])
+            if found is None:
+                raise UserError(
+                    f"{policy.path} was trained against reward model v{parent['version']:03d} with content {parent['content_sha256'][:12]}, and "
+                    f"{store / 'reward-model'} holds no version of that content; name one: reward_model=PATH or vN"
+                )
+            return str(found.path)
     raise UserError(f"{policy.path}: its manifest names no reward model; give one: reward_model=vN")
 
 
