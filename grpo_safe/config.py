@@ -260,7 +260,9 @@ class ExportConfig:
     """What a policy version holds."""
 
     merged: bool = False  # publish merged weights also where an adapter would do
-    dtype: str = "bfloat16"  # of merged weights; merging itself is in float32
+    dtype: str | None = (
+        None  # of whole weights; null: that of the weights that trained, float32 where LoRA is merged (bfloat16 rounds it away)
+    )
 
 
 @dataclass

@@ -139,6 +139,11 @@ def _resolve_versions(command: str, cfg: DictConfig) -> None:
         cfg.reward_model, cfg.reward_model_sha256 = _pinned(cfg, "reward-model", cfg.reward_model, cfg.reward_model_sha256)
         if re.fullmatch(r"latest|v\d+", cfg.policy.start):
             cfg.policy.start = str(checkpoint.open_version(store, "policy", cfg.policy.start, cfg.verify, "policy.start").path)
+        soup = OmegaConf.select(cfg, "algo.reference.policies") if OmegaConf.is_dict(cfg.algo.reference) else None
+        for place, name in enumerate(soup or []):
+            if re.fullmatch(r"latest|v\d+", str(name)):
+                found = checkpoint.open_version(store, "policy", name, cfg.verify, "algo.reference.policies")
+                cfg.algo.reference.policies[place] = str(found.path)
     if command == "eval":
         cfg.policy, cfg.policy_sha256 = _pinned(cfg, "policy", cfg.policy, cfg.policy_sha256)
         judge = cfg.reward_model or _reward_model_of(checkpoint.locate(store, "policy", cfg.policy, "policy"), store)

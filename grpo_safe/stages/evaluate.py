@@ -55,6 +55,7 @@ def run(cfg: EvalConfig, run_dir: Path) -> None:
     tokenizer = models.load_tokenizer(models.Start(str(policy_version.path), str(policy_version.path), {}))
     config = models.load_config(start)
     check_engine(cfg.rollout, config, runtime.on_gpu(cfg.launch))
+    dtype = models.faithful_dtype(policy_version.manifest, cfg.dtype)
     room = models.prompt_room(config, start, cfg.sampling)
     prompt_ids = encode_prompts(tokenizer, prompts, policy_version.manifest["system_prompt"], room)
 
@@ -62,12 +63,16 @@ def run(cfg: EvalConfig, run_dir: Path) -> None:
     tracker = Tracker(cfg.tracking, run_dir, asdict(cfg), rt.is_main)
     reward_model = open_reward_model(judge_version, rt.device, cfg.reward_model_dtype)
     tracker.say(f"eval: policy {policy_version.name} against {start.name} on {len(prompts)} prompts, judge {judge_version.name}")
+    if dtype != cfg.dtype:
+        tracker.say(
+            f"dtype={cfg.dtype}: both policies are compared in {dtype}, as {cfg.dtype} would round the merged adapter away"
+        )
     spoken = unstated if policy_version.manifest.get("states_confidence") else list
-    engine = open_engine(cfg.rollout, start, cfg.dtype, cfg.sampling, prompt_ids, rt.device, tracker.say)
+    engine = open_engine(cfg.rollout, start, dtype, cfg.sampling, prompt_ids, rt.device, tracker.say)
     answers = {}
     openers = {
-        "start": lambda: models.load_causal_lm(start, cfg.dtype),
-        "policy": lambda: models.open_policy(policy_version.path, policy_version.manifest, cfg.dtype),
+        "start": lambda: models.load_causal_lm(start, dtype),
+        "policy": lambda: models.open_policy(policy_version.path, policy_version.manifest, dtype),
     }
     tracker.start(len(openers) * len(rt.share(prompts)), 0, "eval", unit="prompt")
     for who, opener in openers.items():

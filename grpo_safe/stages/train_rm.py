@@ -289,7 +289,7 @@ def publish(
         "scoring": {"formatter": formatter_of(tokenizer), "max_length": cfg.backbone.max_length},
         "metrics": card,
         "parents": [],
-        "base": {"start": start.name, "revision": cfg.backbone.revision},
+        "base": {"start": start.name, "revision": models.hub_commit(start)},
         "data": {"name": cfg.data.name, "licence": cfg.data.licence, "files": fingerprints},
     }
 

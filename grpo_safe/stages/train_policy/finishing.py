@@ -82,7 +82,7 @@ def publish(cfg: TrainPolicyConfig, s: Setup, policy: Any, metrics: dict[str, An
         "objectives": [{"name": n, "weight": w} for n, w in zip(s.objectives.names, s.objectives.weights, strict=True)],
         "metrics": {k: v for k, v in metrics.items() if k.startswith(("score/", "reward/mean", "kl", "validation/", "limit"))},
         "parents": parents + parent_policy(s.start),
-        "base": {"start": s.start.name, "revision": cfg.policy.revision},
+        "base": {"start": s.start.name, "revision": models.hub_commit(s.start)},
         "system_prompt": s.read.system_prompt,
         "states_confidence": s.method.asks_confidence,
         "data": {"name": cfg.data.name, "licence": cfg.data.licence, "files": s.read.fingerprints},
@@ -91,7 +91,14 @@ def publish(cfg: TrainPolicyConfig, s: Setup, policy: Any, metrics: dict[str, An
 
     def write(folder: Path) -> None:
         manifest["layout"] = models.save_policy(
-            policy, s.tokenizer, s.start, folder, cfg.policy, cfg.export.merged, cfg.export.dtype
+            policy,
+            s.tokenizer,
+            s.start,
+            folder,
+            cfg.policy,
+            cfg.export.merged,
+            cfg.export.dtype,
+            [row[:64] for row in s.read.prompt_ids[:8]],
         )
         write_policy_card(folder / "README.md", manifest)
 
@@ -111,6 +118,7 @@ def refuse_non_finite(model: torch.nn.Module) -> None:
 
 def parent_policy(start: models.Start) -> list[dict[str, Any]]:
     """A policy that training went on from is a parent too."""
-    if not (Path(start.location) / checkpoint.MANIFEST).is_file():
+    folder = start.adapter or Path(start.location)
+    if not (folder / checkpoint.MANIFEST).is_file():
         return []
-    return [checkpoint.locate(Path(), "policy", start.location, "policy.start").link]
+    return [checkpoint.locate(Path(), "policy", str(folder), "policy.start").link]
