@@ -170,17 +170,47 @@ def load_causal_lm(start: Start, dtype: str, attn_implementation: str = "sdpa") 
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            start.location, dtype=DTYPES[dtype], attn_implementation=attn_implementation, **start.options
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            start.location,
+            dtype=DTYPES[dtype],
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+            **start.options,
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{start.name}: cannot be loaded as a causal LM ({str(error).splitlines()[0]:.160})") from error
+    model, report = loaded
+    refuse_partial(start.name, report, new="")
     if start.adapter is not None:
         from peft import PeftModel
 
         # merged in float32: in bfloat16 most of an adapter rounds away
         model = PeftModel.from_pretrained(model.float(), str(start.adapter)).merge_and_unload().to(DTYPES[dtype])
     return dropout_off(model).eval()
+
+
+def refuse_partial(name: str, report: dict[str, Any], new: str) -> None:
+    """Raises UserError where a checkpoint lacks weights or holds others: what does not load is drawn at random, and would train.
+
+    report: of from_pretrained. new: prefix of the body of a classifier; what stands outside of it, or is its pooler, may be new, and what only another
+    head used may be left over. "": nothing may differ.
+    """
+    missing, left = (sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys"))
+    if new:
+        missing = [key for key in missing if key.startswith(f"{new}.") and ".pooler." not in key]
+        left = left if missing else []
+    for what, keys in (
+        ("lacks", missing),
+        ("holds unknown", left),
+        ("holds of another shape", sorted(str(k) for k in report["mismatched_keys"])),
+    ):
+        if keys:
+            raise UserError(
+                f"{name}: its checkpoint {what} {keys[0]}"
+                + (f" and {len(keys) - 1} more" if keys[1:] else "")
+                + ", which would be drawn at random or left "
+                "out; expected the weights of the model that its config.json describes"
+            )
 
 
 def dropout_off(model: nn.Module) -> nn.Module:
@@ -320,11 +350,14 @@ def load_backbone(start: Start, cfg: BackboneConfig, objectives: list[str], pad_
             if hasattr(config, name):
                 setattr(config, name, cfg.dropout)
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            start.location, config=config, dtype=DTYPES[cfg.dtype], attn_implementation=cfg.attn_implementation, **start.options
-        )
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+            start.location, config=config, dtype=DTYPES[cfg.dtype], attn_implementation=cfg.attn_implementation, output_loading_info=True,
+            **start.options,
+        )  # fmt: skip
     except (OSError, ValueError) as error:
         raise UserError(f"{start.name}: cannot be loaded as a sequence classifier ({str(error).splitlines()[0]:.160})") from error
+    model, report = loaded
+    refuse_partial(start.name, report, new=model.base_model_prefix)
     adapted = add_lora(model, cfg.lora, "SEQ_CLS") if cfg.lora.enabled else model
     checkpoint_activations(adapted, cfg.gradient_checkpointing)
     return adapted

@@ -181,10 +181,18 @@ def all_versions(store: Path) -> list[Version]:
 
 
 def require_room(folder: Path, needed: int, what: str) -> None:
-    """UserError unless the disk that holds `folder` has `needed` bytes free."""
+    """UserError unless `folder` can be written and its disk has `needed` bytes free. Called before anything expensive; leaves nothing behind."""
     probe = folder.resolve()
     while not probe.exists():
         probe = probe.parent
+    try:
+        attempt = probe / f".probe-{uuid.uuid4().hex}"
+        attempt.touch()
+        attempt.unlink()
+    except OSError as error:
+        raise UserError(
+            f"store={folder}: {what} cannot be written there ({probe}: {error.strerror or error}); set store=PATH to a folder that can"
+        ) from error
     free = shutil.disk_usage(probe).free
     if free < needed:
         raise UserError(
