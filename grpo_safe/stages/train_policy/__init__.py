@@ -20,7 +20,7 @@ from grpo_safe.runtime.peak import peak_memory_gb
 from grpo_safe.stages.train_policy.collecting import add_fixed_logps, add_reference_hidden, collector, own_rows, train_batch
 from grpo_safe.stages.train_policy.comparing import arranged, compare_all, confidence_metrics, followed
 from grpo_safe.stages.train_policy.finishing import keep_best, publish, restore_best, validate
-from grpo_safe.stages.train_policy.metrics import sample_rows, step_metrics
+from grpo_safe.stages.train_policy.metrics import refuse_unscored, sample_rows, step_metrics
 from grpo_safe.stages.train_policy.profiling import Profiler
 from grpo_safe.stages.train_policy.setup import set_up
 from grpo_safe.stages.train_policy.updating import update
@@ -85,6 +85,8 @@ def run(cfg: TrainPolicyConfig, run_dir: Path) -> None:
             s.moving.follow(s.trainable, step)
 
         metrics = step_metrics(rt, rollout, scores, s.objectives, found, update_sums, cfg.algo.group_size, carried.first_means)
+        if step == 1:
+            refuse_unscored(s.objectives, metrics, step)
         metrics |= {"grad_norm": grad_norm, "lr": lr, **{f"seconds/{k}": v for k, v in watch.seconds.items()}}
         metrics |= {"seconds/step": time.perf_counter() - began, "peak_memory_gb": peak_memory_gb(rt.device)}
         metrics |= confidence_metrics(s, rollout)
