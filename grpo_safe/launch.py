@@ -9,8 +9,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from grpo_safe.checks import load_frozen, validated
 from grpo_safe.config import SCHEMAS
 from grpo_safe.errors import StageError, UserError
+from grpo_safe.lifetime import die_with_parent
 from grpo_safe.versions import checkpoint
 
 MODULES = {"train-rm": "train_rm", "train-policy": "train_policy", "eval": "evaluate"}
@@ -48,7 +52,7 @@ def launch(command: str, composed: DictConfig, overrides: list[str]) -> None:
         )
         return
     print(f"grpo-safe {command}: run directory {run_dir}", flush=True)
-    code = subprocess.call(_worker_command(MODULES[command], frozen, processes), env=_worker_environment(cfg, processes))
+    code = run_worker(_worker_command(MODULES[command], frozen, processes), _worker_environment(cfg, processes))
     if code != 0:
         _raise_worker_error(run_dir, code)
 
@@ -233,12 +237,39 @@ def _worker_environment(cfg: DictConfig, processes: int) -> dict[str, str]:
     return environment
 
 
+def run_worker(words: list[str], environment: dict[str, str]) -> int:
+    """Start the worker (or torchrun, which starts one a device), wait for it, and pass on to it what ends this process; returns its exit code.
+
+    Raises KeyboardInterrupt or SystemExit (128 + signal) where a signal ended the run: nobody trains on after the command is gone.
+    """
+    worker = subprocess.Popen(words, env=environment, start_new_session=True, preexec_fn=die_with_parent)
+    caught: list[int] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        caught.append(number)
+        with suppress(ProcessLookupError):
+            os.killpg(worker.pid, number if len(caught) == 1 else signal.SIGKILL)  # a second one does not wait
+
+    mine = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if mine}
+    try:
+        code = worker.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if not caught:
+        return code
+    if caught[0] == signal.SIGINT:
+        raise KeyboardInterrupt
+    print(f"grpo-safe: stopped by {signal.Signals(caught[0]).name}", file=sys.stderr)
+    raise SystemExit(128 + caught[0])
+
+
 def _raise_worker_error(run_dir: Path, code: int) -> None:
     path = run_dir / "error.json"
     if not path.is_file():
-        raise StageError(
-            f"the stage ended with code {code} and left no error.json in {run_dir}: it was killed, or ran out of memory"
-        )
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        raise StageError(f"the stage {how} and left no error.json in {run_dir}: somebody killed it, or it ran out of memory")
     entry = json.loads(path.read_text())
     if entry["kind"] == "user":
         raise UserError(entry["message"])

@@ -136,7 +136,7 @@ def _short(value: Any) -> str:
 def _number(answer: Any, where: str, prompt: Prompt) -> float:
     if answer is None:
         return math.nan
-    if isinstance(answer, (str, bytes)) or getattr(answer, "ndim", 0):
+    if isinstance(answer, (str, bytes)) or len(getattr(answer, "shape", "")):
         raise UserError(f"{where} gave {_short(answer)} for a completion of prompt {prompt.id}; expected a number or None")
     try:
         return float(answer)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from grpo_safe.checks import load_frozen, typed
 from grpo_safe.errors import StageError, UserError
+from grpo_safe.lifetime import die_with_parent
 
 MODULES = {"train_rm": "train-rm", "train_policy": "train-policy", "evaluate": "eval"}
 
@@ -56,4 +57,5 @@ def _report(run_dir: Path, kind: str, message: str) -> None:
 
 
 if __name__ == "__main__":
+    die_with_parent()
     sys.exit(main(sys.argv[1:]))

@@ -45,7 +45,7 @@ def workers_in_process(patch: pytest.MonkeyPatch) -> None:
     """The launcher calls the stage instead of starting a process on it."""
     from grpo_safe.stages.__main__ import main
 
-    patch.setattr(launch.subprocess, "call", lambda words, env: main(words[words.index("grpo_safe.stages") + 1 :]))
+    patch.setattr(launch, "run_worker", lambda words, env: main(words[words.index("grpo_safe.stages") + 1 :]))
 
 
 def composed(command: str, *words: str, conf: Path = CONF, run_dir: object = "run") -> DictConfig:
