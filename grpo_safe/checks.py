@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from grpo_safe.config import SCHEMAS
+from grpo_safe.config import AS_TRAINED, SCHEMAS
 from grpo_safe.errors import UserError
 
 # A word per closed choice: (key, allowed values). Checked when a config is composed, before anything is loaded.
@@ -112,6 +112,8 @@ def _check_together(cfg: DictConfig) -> None:
     for name, objective in cfg.data.objectives.items():
         if len(objective.range) != 2 or objective.range[0] == objective.range[1]:
             raise UserError(f"data.objectives.{name}.range={list(objective.range)}: expected two different numbers [lo, hi]")
+    if cfg.command != "eval" and cfg.data.name == AS_TRAINED:
+        raise UserError(f"data={AS_TRAINED}: only an evaluation has a policy whose data it can take; choose another data set")
     if OmegaConf.select(cfg, "sampling.top_p") is not None and not 0 < cfg.sampling.top_p <= 1:
         raise UserError(f"sampling.top_p={cfg.sampling.top_p}: expected a share above 0, at most 1")
     if OmegaConf.select(cfg, "policy.lora.dropout"):

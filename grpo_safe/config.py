@@ -85,6 +85,9 @@ class DataObjectiveConfig:
     binary: bool = False  # labels are 0 or 1 after mapping: the card adds AUC and calibration error
 
 
+AS_TRAINED = "as_trained"  # data.name of an evaluation that takes the policy's data set
+
+
 @dataclass
 class DataConfig:
     """Rows to fit on, prompts to train and evaluate on."""
@@ -218,6 +221,17 @@ class SamplingConfig:
 
 
 @dataclass
+class EvalSamplingConfig:
+    """The same for an evaluation; null: as the policy was trained, filled in from its manifest when the config is frozen."""
+
+    max_new_tokens: int | None = None
+    max_prompt_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    batch_size: int = 128
+
+
+@dataclass
 class RolloutConfig:
     """The engine that samples."""
 
@@ -335,7 +349,7 @@ class EvalConfig:
     reward_model_sha256: str | None = None
     dtype: str = "float32"
     data: DataConfig = field(default_factory=DataConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: EvalSamplingConfig = field(default_factory=EvalSamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     eval: EvalLoopConfig = field(default_factory=EvalLoopConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

@@ -19,7 +19,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from grpo_safe.checks import load_frozen, validated
-from grpo_safe.config import SCHEMAS
+from grpo_safe.config import AS_TRAINED, SCHEMAS, DataConfig
 from grpo_safe.errors import StageError, UserError
 from grpo_safe.lifetime import die_with_parent
 from grpo_safe.versions import checkpoint
@@ -150,8 +150,30 @@ def _resolve_versions(command: str, cfg: DictConfig) -> None:
                 cfg.algo.reference.policies[place] = str(found.path)
     if command == "eval":
         cfg.policy, cfg.policy_sha256 = _pinned(cfg, "policy", cfg.policy, cfg.policy_sha256)
+        inherit(cfg, checkpoint.locate(store, "policy", cfg.policy, "policy"))
         judge = cfg.reward_model or _reward_model_of(checkpoint.locate(store, "policy", cfg.policy, "policy"), store)
         cfg.reward_model, cfg.reward_model_sha256 = _pinned(cfg, "reward-model", judge, cfg.reward_model_sha256)
+
+
+def inherit(cfg: DictConfig, policy: checkpoint.Version) -> None:
+    """What an evaluation is not told it takes from the policy's manifest: how completions are drawn, and the data set whose held-out prompts they answer."""
+    trained = OmegaConf.create(policy.manifest["config"])
+    for key in cfg.sampling:
+        if cfg.sampling[key] is None:
+            cfg.sampling[key] = OmegaConf.select(trained, f"sampling.{key}")
+    if cfg.data.name == AS_TRAINED:
+        limit = cfg.data.limit
+        if OmegaConf.select(trained, "data") is None:
+            raise UserError(f"{policy.path}: its manifest names no data set; choose one: data=NAME")
+        cfg.data = OmegaConf.merge(OmegaConf.structured(DataConfig), trained.data)
+        cfg.data.limit = limit
+    lacking = [key for key in ("max_new_tokens", "temperature", "top_p") if cfg.sampling[key] is None]
+    if lacking:
+        raise UserError(f"{policy.path}: its manifest does not say how it was sampled; give sampling.{lacking[0]}=NUMBER")
+    print(
+        f"grpo-safe eval: policy {policy.name}, data {cfg.data.name}, {cfg.sampling.max_new_tokens} new tokens at temperature {cfg.sampling.temperature:g}, "
+        f"top_p {cfg.sampling.top_p:g}"
+    )
 
 
 def _pinned(cfg: DictConfig, kind: str, reference: str, frozen: str | None) -> tuple[str, str]:
