@@ -83,6 +83,7 @@ class DataObjectiveConfig:
     range: list[float] = field(default_factory=lambda: [0.0, 1.0])  # [lo, hi] of the raw label; [hi, lo] inverts
     column: str | None = None  # column of the raw label; null: the labels column, under the objective's name
     binary: bool = False  # labels are 0 or 1 after mapping: the card adds AUC and calibration error
+    weight: float = 1.0  # what train-policy gives this head unless told otherwise; 0 where more is not better (verbosity)
 
 
 AS_TRAINED = "as_trained"  # data.name of an evaluation that takes the policy's data set
@@ -322,7 +323,7 @@ class TrainPolicyConfig:
     reward_model_dtype: str = "float32"  # float32 | bfloat16: a large reward model wants bfloat16
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    objectives: dict[str, ObjectiveConfig] = field(default_factory=dict)  # empty: every head, weight 1
+    objectives: dict[str, ObjectiveConfig] = field(default_factory=dict)  # empty: every head, by the weight of its data set (1)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -40,8 +40,10 @@ class Objectives:
         return torch.tensor([a + share * (b - a) for a, b in zip(self.weights, ends, strict=True)])
 
 
-def choose_objectives(configured: dict[str, ObjectiveConfig], heads: list[str]) -> Objectives:
-    """Every head with weight 1, changed and extended by what the config names.
+def choose_objectives(
+    configured: dict[str, ObjectiveConfig], heads: list[str], head_weights: dict[str, float] | None = None
+) -> Objectives:
+    """Every head by its own weight (head_weights; 1 where none is said), changed and extended by what the config names.
 
     Raises UserError for a head that the reward model lacks, and where no weight is left.
     """
@@ -52,7 +54,7 @@ def choose_objectives(configured: dict[str, ObjectiveConfig], heads: list[str]) 
         if name in functions and name in heads:
             raise UserError(f"objectives.{name}.function: the reward model has a head of that name; choose another name")
     names = [*heads, *functions]
-    weights = [configured[n].weight if n in configured else 1.0 for n in names]
+    weights = [configured[n].weight if n in configured else (head_weights or {}).get(n, 1.0) for n in names]
     if not any(weights):
         raise UserError("objectives: every weight is 0; give at least one objective a weight")
     ends = {n: o.weight_end for n, o in configured.items() if o.weight_end is not None}

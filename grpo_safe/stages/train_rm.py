@@ -79,7 +79,7 @@ def run(cfg: TrainRMConfig, run_dir: Path) -> None:
     scorer = Scorer(models.load_backbone(start, loaded, names, tokenizer.pad_token_id), len(names))
     trainable = runtime.prepare(rt, scorer, cfg.optim, cfg.backbone.dtype == "bfloat16")
     tracker.say(
-        f"train-rm: {len(train)} rows, {len(validation)} for validation, objectives {', '.join(names)}, backbone {start.name}"
+        f"train-rm: {len(train)} rows of data {cfg.data.name}, {len(validation)} for validation, objectives {', '.join(names)}, backbone {start.name}"
     )
 
     fit(cfg, rt, trainable, train, tokenizer.pad_token_id, tracker, run_dir)
@@ -278,6 +278,7 @@ def publish(
             "slope": float(slope[k]),
             "offset": float(left[k]),
             "temperature": float(temperature[k]),
+            "weight": o.weight,
         }
         for k, (name, o) in enumerate(cfg.data.objectives.items())
     ]
