@@ -83,6 +83,10 @@ class DataObjectiveConfig:
     range: list[float] = field(default_factory=lambda: [0.0, 1.0])  # [lo, hi] of the raw label; [hi, lo] inverts
     column: str | None = None  # column of the raw label; null: the labels column, under the objective's name
     binary: bool = False  # labels are 0 or 1 after mapping: the card adds AUC and calibration error
+    weight: float = 1.0  # what train-policy gives this head unless told otherwise; 0 where more is not better (verbosity)
+
+
+AS_TRAINED = "as_trained"  # data.name of an evaluation that takes the policy's data set
 
 
 @dataclass
@@ -132,7 +136,8 @@ class TrainRMLoopConfig:
     calibrate: bool = True  # affine fit with positive slope on half of the validation prompts
     bootstrap: int = 1000  # resamples of the card's intervals
     log_every: int = 10
-    save_every: int | None = None  # optimizer steps between resume states; null: none
+    save_every: int | None = None  # optimizer steps between resume states; null: one, when the fit is done
+    max_skipped: int = 3  # steps in a row whose gradient is not finite, each left out, before the run stops
 
 
 @dataclass
@@ -220,6 +225,17 @@ class SamplingConfig:
 
 
 @dataclass
+class EvalSamplingConfig:
+    """The same for an evaluation; null: as the policy was trained, filled in from its manifest when the config is frozen."""
+
+    max_new_tokens: int | None = None
+    max_prompt_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    batch_size: int = 128
+
+
+@dataclass
 class RolloutConfig:
     """The engine that samples."""
 
@@ -254,6 +270,7 @@ class TrainPolicyLoopConfig:
     keep_states: int = 2  # resume states kept
     eval_every: int | None = None  # steps between evaluations on data.validation
     eval_prompts: int = 32  # how many of them
+    max_skipped: int = 3  # steps in a row whose gradient is not finite, each left out, before the run stops
 
 
 @dataclass
@@ -261,7 +278,9 @@ class ExportConfig:
     """What a policy version holds."""
 
     merged: bool = False  # publish merged weights also where an adapter would do
-    dtype: str = "bfloat16"  # of merged weights; merging itself is in float32
+    dtype: str | None = (
+        None  # of whole weights; null: that of the weights that trained, float32 where LoRA is merged (bfloat16 rounds it away)
+    )
 
 
 @dataclass
@@ -307,7 +326,7 @@ class TrainPolicyConfig:
     reward_model_dtype: str = "float32"  # float32 | bfloat16: a large reward model wants bfloat16
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    objectives: dict[str, ObjectiveConfig] = field(default_factory=dict)  # empty: every head, weight 1
+    objectives: dict[str, ObjectiveConfig] = field(default_factory=dict)  # empty: every head, by the weight of its data set (1)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -334,7 +353,7 @@ class EvalConfig:
     reward_model_sha256: str | None = None
     dtype: str = "float32"
     data: DataConfig = field(default_factory=DataConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: EvalSamplingConfig = field(default_factory=EvalSamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     eval: EvalLoopConfig = field(default_factory=EvalLoopConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

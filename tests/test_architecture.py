@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -137,3 +140,16 @@ def test_licence_and_versions_agree() -> None:
     assert f'version = "{__version__}"' in project
     assert __version__ in (ROOT / "CHANGELOG.md").read_text()
     assert "Apache License" in (ROOT / "LICENSE").read_text() and 'license = "Apache-2.0"' in project
+
+
+def test_a_planted_upward_import_is_caught(tmp_path: Path) -> None:
+    """The contracts see what they are for: a room that imports from a floor above it."""
+    shutil.copytree(PACKAGE, tmp_path / "grpo_safe", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "grpo_safe" / "forward" / "planted.py").write_text('"""Planted."""\n\nfrom grpo_safe.rollout import sample\n')
+    words = [sys.executable, "-c", "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"]
+    done = subprocess.run(
+        words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "grpo_safe.forward.planted" in done.stdout and "floors: imports go down only BROKEN" in done.stdout

@@ -144,6 +144,8 @@ def import_function(path: str, key: str) -> Callable[..., Any]:
         function = getattr(import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{key}={path}: no such function ({error}); expected package.module.function") from error
+    except Exception as error:  # the user's own module may raise anything while it is read, a SyntaxError too
+        raise UserError(f"{key}={path}: its module cannot be imported ({type(error).__name__}: {error})") from error
     if not callable(function):
         raise UserError(f"{key}={path}: not a function")
     return function

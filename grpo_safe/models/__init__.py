@@ -17,6 +17,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from grpo_safe.config import BackboneConfig, LoraConfig, PolicyConfig, SamplingConfig
 from grpo_safe.errors import UserError
 from grpo_safe.models import embedded
+from grpo_safe.versions import checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -29,10 +30,12 @@ class Start:
     location: str  # a folder or a hub name
     options: dict[str, Any]
     key: str = ""  # the config key that named it, for messages
+    adapter: Path | None = None  # a published policy that is an adapter on the model at `location`: merged when it is loaded
 
     @property
     def is_hub(self) -> bool:
-        return not Path(self.location).is_dir()
+        """Whether the hub's name and a revision say all of it."""
+        return self.adapter is None and not Path(self.location).is_dir()
 
     @property
     def called(self) -> str:
@@ -47,6 +50,8 @@ def resolve_start(start: str, revision: str | None, trust_remote_code: bool, key
         location = str(embedded.embedded_folder(start))
     elif start.startswith((".", "/", "~")) or start.count("/") != 1:
         location = str(Path(start).expanduser())
+        if (Path(location) / "adapter_config.json").is_file():
+            return _adapter_start(start, Path(location), trust_remote_code, key)
         if not (Path(location) / "config.json").is_file():
             raise UserError(
                 f"{key}={start}: no model folder (no config.json there); expected a folder, OWNER/NAME on the hub, embedded:NAME"
@@ -55,6 +60,27 @@ def resolve_start(start: str, revision: str | None, trust_remote_code: bool, key
     if revision is not None:
         options["revision"] = revision
     return Start(start, location, options, key)
+
+
+def _adapter_start(start: str, folder: Path, trust_remote_code: bool, key: str) -> Start:
+    """A policy that was published as an adapter, on the base that its manifest names."""
+    if not (folder / checkpoint.MANIFEST).is_file():
+        raise UserError(
+            f"{key}={start}: an adapter without the {checkpoint.MANIFEST} that names its base; expected a published version, or a whole model"
+        )
+    layout = checkpoint.locate(Path(), "policy", str(folder), key).manifest["layout"]
+    base = resolve_start(layout["base"], layout["revision"], trust_remote_code, key)
+    return Start(start, base.location, base.options, key, folder)
+
+
+def hub_commit(start: Start) -> str | None:
+    """The commit of a hub model that was read, as a branch may move; None for a folder."""
+    if not start.is_hub:
+        return None
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    found = cached_file(start.location, "config.json", revision=start.options.get("revision"), local_files_only=True)
+    return extract_commit_hash(found, None) or start.options.get("revision")
 
 
 def load_tokenizer(start: Start) -> Any:
@@ -261,7 +287,23 @@ def load_causal_lm(start: Start, dtype: str, attn_implementation: str = "sdpa") 
     from transformers import AutoModelForCausalLM
 
     model = load_weights(AutoModelForCausalLM, start, "causal LM", attn_implementation, False, dtype=DTYPES[dtype])
-    return model.eval()
+    if start.adapter is not None:
+        from peft import PeftModel
+
+        # merged in float32: in bfloat16 most of an adapter rounds away
+        model = PeftModel.from_pretrained(model.float(), str(start.adapter)).merge_and_unload().to(DTYPES[dtype])
+    return dropout_off(model).eval()
+
+
+def dropout_off(model: nn.Module) -> nn.Module:
+    """Every dropout of the modules at 0, in training mode too: a policy's log-probs must repeat. The config, which is published, keeps its own."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):  # what attention hands to its kernel
+                setattr(module, name, 0.0)
+    return model
 
 
 def add_lora(model: nn.Module, cfg: LoraConfig, task: str) -> nn.Module:
@@ -320,28 +362,65 @@ def adapter_off(policy: Any) -> AbstractContextManager[Any]:
 
 
 def is_lora(model: nn.Module) -> bool:
-    return hasattr(model, "peft_config")
+    """Whether adapters stand around a model that can do without them: peft's own model, not one that transformers put an adapter into."""
+    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
 
 def save_policy(
-    policy: nn.Module, tokenizer: Any, start: Start, folder: Path, cfg: PolicyConfig, merged: bool, dtype: str
+    policy: nn.Module,
+    tokenizer: Any,
+    start: Start,
+    folder: Path,
+    cfg: PolicyConfig,
+    merged: bool,
+    dtype: str | None,
+    probe: list[list[int]],
 ) -> dict[str, Any]:
     """Write a policy that opens anywhere; returns what the manifest says of its layout.
 
     A LoRA policy on a hub base is an adapter. On any other base, whose path would be one machine's, the merged weights stand on top and the
-    adapter in adapter/. Merging is done in float32, then cast to `dtype`.
+    adapter in adapter/. Merging is done in float32, then cast to `dtype` (None: that of the weights that trained, of an adapter float32). What was
+    written is opened again and its log-probs of `probe`, rows of tokens, are compared with the trained policy's.
+
+    Raises UserError where the written policy is not the trained one.
     """
     tokenizer.save_pretrained(folder)
     if is_lora(policy) and start.is_hub and not merged:
         save_adapter(policy, folder)
-        return {"layout": "adapter", "base": start.name, "revision": start.options.get("revision")}
-    layout = {"layout": "full", "base": start.name, "dtype": dtype}
+        return {"layout": "adapter", "base": start.name, "revision": hub_commit(start)}
+    dtype = dtype or ("bfloat16" if next(policy.parameters()).dtype == torch.bfloat16 and not is_lora(policy) else "float32")
+    layout: dict[str, Any] = {"layout": "full", "base": start.name, "dtype": dtype}
     if is_lora(policy):
         save_adapter(policy, folder / "adapter")
         layout |= {"layout": "merged", "adapter": "adapter/"}
-    whole = detached_copy(policy, lambda: load_causal_lm(start, "float32"), cfg.lora, "CAUSAL_LM")
-    whole.to(DTYPES[dtype]).save_pretrained(folder)
-    return layout
+    exact = detached_copy(policy, lambda: load_causal_lm(start, "float32"), cfg.lora, "CAUSAL_LM")
+    trained = token_logps(exact, probe)
+    exact.to(DTYPES[dtype]).save_pretrained(folder)
+    del exact
+    written = load_causal_lm(Start(str(folder), str(folder), {"trust_remote_code": cfg.trust_remote_code}), "float32")
+    gap = float((token_logps(written, probe) - trained).abs().mean())
+    del written
+    moved = float((token_logps(load_causal_lm(start, "float32"), probe) - trained).abs().mean())
+    if not gap <= max(LEAST_GAP, MOST_GAP * moved):  # nan too
+        raise UserError(
+            f"export.dtype={dtype}: the log-probs of the written policy are {gap:.2e} away from the trained one's (mean of {trained.numel()} tokens), which is "
+            f"{moved:.2e} away from its start: rounding would publish another policy; resume with export.dtype=float32. Nothing was published"
+        )
+    return layout | {"log_prob_gap": gap, "log_prob_moved": moved}
+
+
+LEAST_GAP, MOST_GAP = 1e-4, 0.02  # nats a token; share of what training moved
+
+
+def token_logps(model: Any, rows: list[list[int]]) -> torch.Tensor:
+    """Log-prob of each token of each row after its first, one row at a time, [tokens] float32."""
+    parts = [torch.zeros(0)]
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([row], device=model.device)
+            logps = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+            parts.append(logps.gather(-1, ids[0, 1:, None])[:, 0].cpu())
+    return torch.cat(parts)
 
 
 def save_adapter(policy: Any, folder: Path) -> None:
@@ -351,28 +430,26 @@ def save_adapter(policy: Any, folder: Path) -> None:
 
 
 def detached_copy(model: nn.Module, reload: Callable[[], nn.Module], lora: LoraConfig, task: str) -> Any:
-    """A whole float32 copy on the CPU with LoRA merged, made from a freshly loaded start: nothing that trains is touched."""
-    fresh = reload()
-    if is_lora(model):
-        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    """A whole float32 copy on the CPU with LoRA merged: nothing that trains is touched.
 
-        weights = {name: w.detach().float().cpu().clone() for name, w in get_peft_model_state_dict(model).items()}
-        adapted = add_lora(fresh, lora, task)
-        set_peft_model_state_dict(adapted, weights)
-        return adapted.merge_and_unload()  # type: ignore[operator]
-    fresh.load_state_dict({name: w.detach().float().cpu().clone() for name, w in model.state_dict().items()})
-    return fresh
+    Every weight is the model's own. A layer that the start lacks (a pooler, a head's first layer) is drawn at random when the start is loaded, so
+    an adapter on a freshly loaded start would be another model.
+    """
+    copy: Any = add_lora(reload(), lora, task) if is_lora(model) else reload()
+    copy.load_state_dict({name: w.detach().float().cpu().clone() for name, w in model.state_dict().items()})
+    return copy.merge_and_unload() if is_lora(model) else copy
 
 
 def open_policy(folder: Path, manifest: dict[str, Any], dtype: str, trust_remote_code: bool = False) -> Any:
     """A published policy as a whole causal LM."""
-    layout = manifest["layout"]
-    if layout["layout"] != "adapter":
-        return load_causal_lm(Start(str(folder), str(folder), {"trust_remote_code": trust_remote_code}, "policy"), dtype)
-    from peft import PeftModel
+    if manifest["layout"]["layout"] == "adapter":
+        return load_causal_lm(resolve_start(str(folder), None, trust_remote_code, "policy"), dtype)
+    return load_causal_lm(Start(str(folder), str(folder), {"trust_remote_code": trust_remote_code}, "policy"), dtype)
 
-    base = resolve_start(layout["base"], layout["revision"], trust_remote_code, "policy")
-    return PeftModel.from_pretrained(load_causal_lm(base, dtype), str(folder)).merge_and_unload().eval()
+
+def faithful_dtype(manifest: dict[str, Any], dtype: str) -> str:
+    """The dtype in which a published policy is compared with its start: LoRA merged into bfloat16 would round back towards the start."""
+    return "float32" if manifest["layout"]["layout"] in ("adapter", "merged") else dtype
 
 
 # --- the reward model -------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import numpy as np
 
 from grpo_safe import models, runtime
 from grpo_safe.algorithm.statistics import mean_interval
-from grpo_safe.config import EvalConfig
+from grpo_safe.config import EvalConfig, SamplingConfig
 from grpo_safe.data.rows import load_prompts
 from grpo_safe.data.text import encode_prompts
 from grpo_safe.judges.refusal import refuses
@@ -55,10 +55,11 @@ def run(cfg: EvalConfig, run_dir: Path) -> None:
     tokenizer = models.load_tokenizer(models.Start(folder, folder, {"trust_remote_code": trusted}, "policy"))
     config = models.load_config(start)
     check_engine(cfg.rollout, config, runtime.on_gpu(cfg.launch))
-    room = models.prompt_room(config, start, cfg.sampling)
+    dtype = models.faithful_dtype(policy_version.manifest, cfg.dtype)
+    room = models.prompt_room(config, start, sampling_of(cfg))
     read = encode_prompts(
         tokenizer, prompts, policy_version.manifest["system_prompt"], room, cfg.data.overlong,
-        models.prompt_bound(config, cfg.sampling), "policy",
+        models.prompt_bound(config, sampling_of(cfg)), "policy",
     )  # fmt: skip
     prompts, prompt_ids = read.prompts, read.ids
 
@@ -68,12 +69,16 @@ def run(cfg: EvalConfig, run_dir: Path) -> None:
     for note in read.notes:
         tracker.say(f"data.heldout: {note}")
     tracker.say(f"eval: policy {policy_version.name} against {start.name} on {len(prompts)} prompts, judge {judge_version.name}")
+    if dtype != cfg.dtype:
+        tracker.say(
+            f"dtype={cfg.dtype}: both policies are compared in {dtype}, as {cfg.dtype} would round the merged adapter away"
+        )
     spoken = unstated if policy_version.manifest.get("states_confidence") else list
-    engine = open_engine(cfg.rollout, start, cfg.dtype, cfg.sampling, prompt_ids, rt.device, tracker.say)
+    engine = open_engine(cfg.rollout, start, dtype, sampling_of(cfg), prompt_ids, rt.device, tracker.say)
     answers = {}
     openers = {
-        "start": lambda: models.load_causal_lm(start, cfg.dtype),
-        "policy": lambda: models.open_policy(policy_version.path, policy_version.manifest, cfg.dtype, cfg.trust_remote_code),
+        "start": lambda: models.load_causal_lm(start, dtype),
+        "policy": lambda: models.open_policy(policy_version.path, policy_version.manifest, dtype, cfg.trust_remote_code),
     }
     tracker.start(len(openers) * len(rt.share(prompts)), 0, "eval", unit="prompt")
     for who, opener in openers.items():
@@ -94,6 +99,11 @@ def run(cfg: EvalConfig, run_dir: Path) -> None:
     tracker.close()
 
 
+def sampling_of(cfg: EvalConfig) -> SamplingConfig:
+    """How completions are drawn; the launcher has filled in what the policy's manifest says."""
+    return SamplingConfig(**vars(cfg.sampling))
+
+
 def answer(
     cfg: EvalConfig,
     rt: Runtime,
@@ -107,15 +117,15 @@ def answer(
     advance: Callable[[int], None],
 ) -> Answers:
     """All answers of one policy; each rank takes its share of the prompts, `spoken` is what is judged, `advance` hears how many are answered."""
-    mine = rt.share(list(range(len(prompts))))
+    mine, sampling = rt.share(list(range(len(prompts)))), sampling_of(cfg)
     per_prompt = cfg.eval.completions
-    at_once = max(1, cfg.sampling.batch_size // per_prompt)
+    at_once = max(1, sampling.batch_size // per_prompt)
     part: list[tuple[str, list[float], int, bool]] = []
     for first in range(0, len(mine), at_once):
         chunk = mine[first : first + at_once]
         rollout = sample(
             engine, model, tokenizer, [prompts[i] for i in chunk], [prompt_ids[i] for i in chunk],
-            per_prompt, cfg.sampling, cfg.seed, 0,
+            per_prompt, sampling, cfg.seed, 0,
         )  # fmt: skip
         said = spoken(rollout.texts)
         scores, _ = score_texts(reward_model, rollout.prompts, said, cfg.eval.score_batch_tokens)

@@ -6,6 +6,17 @@ from pathlib import Path
 from typing import Any
 
 
+def export_lines(layout: dict[str, Any]) -> list[str]:
+    """How far what was written is from what was trained, where weights were merged or cast."""
+    if "log_prob_gap" not in layout:
+        return []
+    gap, moved = layout["log_prob_gap"], layout["log_prob_moved"]
+    return [
+        f"Written in {layout['dtype']}: its log-probs are {gap:.1e} a token from the trained policy's, which is {moved:.1e} from its start.",
+        "",
+    ]
+
+
 def write_policy_card(path: Path, manifest: dict[str, Any]) -> None:
     """Markdown beside the weights: what it was trained from, against and on, and how to open it."""
     config, layout, data = manifest["config"], manifest["layout"], manifest["data"]
@@ -39,6 +50,7 @@ def write_policy_card(path: Path, manifest: dict[str, Any]) -> None:
         f"System prompt in training: {manifest['system_prompt']!r}. Layout: {layout['layout']}"
         + ("; the LoRA adapter alone stands in `adapter/`." if "adapter" in layout else "."),
         "",
+        *export_lines(layout),
         "Scores of its own reward model say how far training went, not how safe the policy is: `grpo-safe eval` compares it with its start.",
         "",
         "| figure at the last step | value |",

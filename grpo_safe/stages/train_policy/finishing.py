@@ -12,7 +12,7 @@ import torch
 from grpo_safe import models
 from grpo_safe.algorithm.constraints import limit_bound
 from grpo_safe.config import TrainPolicyConfig
-from grpo_safe.errors import UserError
+from grpo_safe.errors import StageError
 from grpo_safe.rewards import score
 from grpo_safe.rollout import sample
 from grpo_safe.stages.train_policy.setup import Setup
@@ -56,7 +56,7 @@ def keep_best(s: Setup, run_dir: Path, step: int, judged: dict[str, float], best
     holds = all(judged[f"validation/limit/{name}/holds"] for name in s.objectives.limits)
     if not holds or not math.isfinite(reward) or (best and reward <= best["reward"]):
         return best
-    resume.save(run_dir / "best", step, s.trainable, s.rt, {}, keep=1)
+    resume.save(run_dir / "best", step, s.trainable, s.rt, {}, keep=1, also=resume.best_steps(run_dir))
     return {"step": step, "reward": reward, "validation": judged}
 
 
@@ -67,16 +67,14 @@ def restore_best(s: Setup, run_dir: Path, best: dict[str, Any], metrics: dict[st
     if not best:
         s.tracker.say("no evaluated step held every limit on data.validation; the last step is published")
         return metrics | {"limits/held": 0.0}
-    if resume.load(run_dir / "best", s.trainable).step != best["step"]:
-        raise UserError(
-            f"{run_dir / 'best'} does not hold step {best['step']}, the best that this run has noted; start the run anew"
-        )
+    resume.load(run_dir / "best", s.trainable, best["step"])
     s.tracker.say(f"step {best['step']} is published: the best validation reward among the steps that hold every limit")
     return metrics | best["validation"] | {"limits/held": 1.0, "limits/step": best["step"]}
 
 
 def publish(cfg: TrainPolicyConfig, s: Setup, policy: Any, metrics: dict[str, Any]) -> str:
     """Write the policy as a version whose parents are named; returns where it lies."""
+    refuse_non_finite(policy)
     parents = [s.reward_version.link]
     manifest: dict[str, Any] = {
         "command": cfg.command,
@@ -84,7 +82,7 @@ def publish(cfg: TrainPolicyConfig, s: Setup, policy: Any, metrics: dict[str, An
         "objectives": [{"name": n, "weight": w} for n, w in zip(s.objectives.names, s.objectives.weights, strict=True)],
         "metrics": {k: v for k, v in metrics.items() if k.startswith(("score/", "reward/mean", "kl", "validation/", "limit"))},
         "parents": parents + parent_policy(s.start),
-        "base": {"start": s.start.name, "revision": cfg.policy.revision},
+        "base": {"start": s.start.name, "revision": models.hub_commit(s.start)},
         "system_prompt": s.read.system_prompt,
         "states_confidence": s.method.asks_confidence,
         "data": {"name": cfg.data.name, "licence": cfg.data.licence, "files": s.read.fingerprints},
@@ -93,7 +91,14 @@ def publish(cfg: TrainPolicyConfig, s: Setup, policy: Any, metrics: dict[str, An
 
     def write(folder: Path) -> None:
         manifest["layout"] = models.save_policy(
-            policy, s.tokenizer, s.start, folder, cfg.policy, cfg.export.merged, cfg.export.dtype
+            policy,
+            s.tokenizer,
+            s.start,
+            folder,
+            cfg.policy,
+            cfg.export.merged,
+            cfg.export.dtype,
+            [row[:64] for row in s.read.prompt_ids[:8]],
         )
         write_policy_card(folder / "README.md", manifest)
 
@@ -102,8 +107,18 @@ def publish(cfg: TrainPolicyConfig, s: Setup, policy: Any, metrics: dict[str, An
     return str(found.path)
 
 
+def refuse_non_finite(model: torch.nn.Module) -> None:
+    """Raises StageError where a weight is no number: what was trained cannot be published."""
+    broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if broken:
+        raise StageError(
+            f"{broken[0]} and {len(broken) - 1} other weights are not finite; nothing was published. Lower optim.lr, and start anew"
+        )
+
+
 def parent_policy(start: models.Start) -> list[dict[str, Any]]:
     """A policy that training went on from is a parent too."""
-    if not (Path(start.location) / checkpoint.MANIFEST).is_file():
+    folder = start.adapter or Path(start.location)
+    if not (folder / checkpoint.MANIFEST).is_file():
         return []
-    return [checkpoint.locate(Path(), "policy", start.location, "policy.start").link]
+    return [checkpoint.locate(Path(), "policy", str(folder), "policy.start").link]

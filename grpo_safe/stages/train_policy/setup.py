@@ -54,7 +54,8 @@ def set_up(cfg: TrainPolicyConfig, run_dir: Path) -> Setup:
     found = checkpoint.open_version(
         Path(cfg.store), "reward-model", cfg.reward_model, "quick", "reward_model", cfg.reward_model_sha256
     )
-    objectives = choose_objectives(cfg.objectives, [o["name"] for o in found.manifest["objectives"]])
+    heads = found.manifest["objectives"]
+    objectives = choose_objectives(cfg.objectives, [o["name"] for o in heads], {o["name"]: o.get("weight", 1.0) for o in heads})
     weights = dict(zip(objectives.names, objectives.weights, strict=True))
     warnings = check_gate(found.manifest["metrics"], found.name, weights, cfg.reward_model_gate)
     scales = {o["name"]: o["scale"] for o in found.manifest["objectives"]}
@@ -110,7 +111,8 @@ def set_up(cfg: TrainPolicyConfig, run_dir: Path) -> Setup:
         cfg.rollout, start, cfg.policy.dtype, cfg.sampling, read.prompt_ids + read.validation_ids, rt.device, tracker.say
     )
     tracker.say(
-        f"train-policy: {start.name}, {len(read.prompts)} prompts, reward model {found.name} ({', '.join(objectives.names)}), "
+        f"train-policy: {start.name}, {len(read.prompts)} prompts of data {cfg.data.name}, reward model {found.name}, weights "
+        f"{', '.join(f'{name} {weight:g}' for name, weight in weights.items())}, {cfg.sampling.max_new_tokens} new tokens, "
         f"launch {cfg.launch.strategy} x {rt.world_size}, system prompt {read.system_prompt!r}"
     )
     return Setup(
