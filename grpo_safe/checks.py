@@ -117,17 +117,7 @@ def _check_together(cfg: DictConfig) -> None:
         raise UserError(f"data={AS_TRAINED}: only an evaluation has a policy whose data it can take; choose another data set")
     if OmegaConf.select(cfg, "sampling.top_p") is not None and not 0 < cfg.sampling.top_p <= 1:
         raise UserError(f"sampling.top_p={cfg.sampling.top_p}: expected a share above 0, at most 1")
-    for section in ("policy", "backbone"):
-        targets = OmegaConf.select(cfg, f"{section}.lora.target_modules", default="all-linear")
-        listed = [targets] if isinstance(targets, str) else targets
-        if not isinstance(listed, (list, ListConfig)) or not listed or not all(isinstance(name, str) and name for name in listed):
-            raise UserError(
-                f"{section}.lora.target_modules={targets}: expected all-linear, a layer's name or a list of names such as [q_proj,v_proj]"
-            )
-    if OmegaConf.select(cfg, "policy.lora.dropout"):
-        raise UserError(
-            f"policy.lora.dropout={cfg.policy.lora.dropout}: the log-probs of sampling, update and reference must be those of one policy; expected 0"
-        )
+    _check_lora(cfg)
     if "rollout" in cfg:
         _check_rollout(cfg)
     if "algo" not in cfg:
@@ -138,6 +128,20 @@ def _check_together(cfg: DictConfig) -> None:
         raise UserError(
             f"algo.minibatches={cfg.algo.minibatches} with train.prompts_per_step={cfg.train.prompts_per_step}: a minibatch holds whole groups; "
             "choose at most as many minibatches as prompts"
+        )
+
+
+def _check_lora(cfg: DictConfig) -> None:
+    for section in ("policy", "backbone"):
+        targets = OmegaConf.select(cfg, f"{section}.lora.target_modules", default="all-linear")
+        listed = [targets] if isinstance(targets, str) else targets
+        if not isinstance(listed, (list, ListConfig)) or not listed or not all(isinstance(name, str) and name for name in listed):
+            raise UserError(
+                f"{section}.lora.target_modules={targets}: expected all-linear, a layer's name or a list of names such as [q_proj,v_proj]"
+            )
+    if OmegaConf.select(cfg, "policy.lora.dropout"):
+        raise UserError(
+            f"policy.lora.dropout={cfg.policy.lora.dropout}: the log-probs of sampling, update and reference must be those of one policy; expected 0"
         )
 
 

@@ -166,7 +166,9 @@ class LimitConfig:
 class ObjectiveConfig:
     """One thing that is scored: a head of the reward model, or a plain function."""
 
-    weight: float = 1.0  # the reward is sum w_k s_k / sum |w_k|; 0: scored and logged only
+    weight: float | None = (
+        None  # the reward is sum w_k s_k / sum |w_k|; 0: scored and logged only; null: what the data set says of its head (1)
+    )
     weight_end: float | None = None  # the weight moves in a line from `weight` to this over the run; null: it stays
     function: str | None = None  # import path of (prompts, completions) -> list of numbers; null: the head of this name
     limit: LimitConfig | None = None

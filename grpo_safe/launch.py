@@ -15,6 +15,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -161,12 +162,13 @@ def inherit(cfg: DictConfig, policy: checkpoint.Version) -> None:
     for key in cfg.sampling:
         if cfg.sampling[key] is None:
             cfg.sampling[key] = OmegaConf.select(trained, f"sampling.{key}")
-    if cfg.data.name == AS_TRAINED:
-        limit = cfg.data.limit
+    if AS_TRAINED in (cfg.data.name, cfg.data.train):
         if OmegaConf.select(trained, "data") is None:
             raise UserError(f"{policy.path}: its manifest names no data set; choose one: data=NAME")
-        cfg.data = OmegaConf.merge(OmegaConf.structured(DataConfig), trained.data)
-        cfg.data.limit = limit
+        trained.data.limit = None  # of the prompts that were trained on
+        plain = OmegaConf.to_container(OmegaConf.structured(DataConfig(name=AS_TRAINED, licence=AS_TRAINED, train=AS_TRAINED)))
+        told = _other(OmegaConf.to_container(cfg.data), plain)
+        cfg.data = OmegaConf.merge(OmegaConf.structured(DataConfig), trained.data, told)
     lacking = [key for key in ("max_new_tokens", "temperature", "top_p") if cfg.sampling[key] is None]
     if lacking:
         raise UserError(f"{policy.path}: its manifest does not say how it was sampled; give sampling.{lacking[0]}=NUMBER")
@@ -174,6 +176,12 @@ def inherit(cfg: DictConfig, policy: checkpoint.Version) -> None:
         f"grpo-safe eval: policy {policy.name}, data {cfg.data.name}, {cfg.sampling.max_new_tokens} new tokens at temperature {cfg.sampling.temperature:g}, "
         f"top_p {cfg.sampling.top_p:g}"
     )
+
+
+def _other(now: Any, default: Any) -> dict[str, Any]:
+    """The keys of a config whose values are not the default's."""
+    found = {key: _other(value, default.get(key, {})) if isinstance(value, dict) else value for key, value in now.items()}
+    return {key: value for key, value in found.items() if (value if isinstance(now[key], dict) else value != default.get(key))}
 
 
 def _pinned(cfg: DictConfig, kind: str, reference: str, frozen: str | None) -> tuple[str, str]:

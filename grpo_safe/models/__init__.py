@@ -292,6 +292,7 @@ def load_causal_lm(start: Start, dtype: str, attn_implementation: str = "sdpa") 
 
         # merged in float32: in bfloat16 most of an adapter rounds away
         model = PeftModel.from_pretrained(model.float(), str(start.adapter)).merge_and_unload().to(DTYPES[dtype])
+        model.requires_grad_(True)  # peft had frozen it
     return dropout_off(model).eval()
 
 

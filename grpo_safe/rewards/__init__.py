@@ -54,7 +54,8 @@ def choose_objectives(
         if name in functions and name in heads:
             raise UserError(f"objectives.{name}.function: the reward model has a head of that name; choose another name")
     names = [*heads, *functions]
-    weights = [configured[n].weight if n in configured else (head_weights or {}).get(n, 1.0) for n in names]
+    told = {n: o.weight for n, o in configured.items() if o.weight is not None}
+    weights = [told.get(n, (head_weights or {}).get(n, 1.0)) for n in names]
     if not any(weights):
         raise UserError("objectives: every weight is 0; give at least one objective a weight")
     ends = {n: o.weight_end for n, o in configured.items() if o.weight_end is not None}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from in_process import composed, fake_policy, fake_reward_model
+from omegaconf import OmegaConf
 
 from grpo_safe import launch
 from grpo_safe.checks import typed, validated
@@ -36,6 +37,22 @@ def test_what_is_said_wins() -> None:
     assert (cfg.sampling.max_new_tokens, cfg.sampling.temperature) == (99, 0.7)
     assert (cfg.data.name, cfg.data.train, cfg.data.limit) == ("files", "x.jsonl", 3)
     assert resolved("data.limit=3").data.limit == 3
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "value"),
+    [
+        ("data.heldout=mine.jsonl", "heldout", "mine.jsonl"), ("data.train=x.jsonl", "train", "x.jsonl"), ("data.name=foo", "name", "foo"),
+        ("data.columns.kind=category", "columns.kind", "category"), ("data.row_function=a.b", "row_function", "a.b"),
+    ],
+)  # fmt: skip
+def test_a_key_of_the_data_that_is_typed_wins_and_the_others_are_the_policys(word: str, key: str, value: str) -> None:
+    cfg = validated("eval", composed("eval", word))
+    launch._resolve_versions("eval", cfg)
+    assert OmegaConf.select(cfg.data, key) == value
+    others = {"name": "embedded", "train": "embedded:train", "heldout": "embedded:heldout", "columns.prompt": "prompt"}
+    for other, expected in others.items():
+        assert other == key or OmegaConf.select(cfg.data, other) == expected
 
 
 @pytest.mark.parametrize("command", ["train-rm", "train-policy"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from conftest import cli, stage_config
 
 from grpo_safe.cli import conf_dir
-from grpo_safe.config import ObjectiveConfig
+from grpo_safe.config import LimitConfig, ObjectiveConfig
 from grpo_safe.rewards import choose_objectives
 from grpo_safe.stages import train_rm
 
@@ -58,6 +58,10 @@ def test_a_head_of_which_more_is_not_better_has_no_weight() -> None:
     assert re.search(r"verbosity: .*weight: 0 ", text) and re.search(r"complexity: .*weight: 0 ", text)
     chosen = choose_objectives({}, ["helpfulness", "verbosity"], {"helpfulness": 1.0, "verbosity": 0.0})
     assert dict(zip(chosen.names, chosen.weights, strict=True)) == {"helpfulness": 1.0, "verbosity": 0.0}
+    limited = choose_objectives(
+        {"verbosity": ObjectiveConfig(limit=LimitConfig(0.5))}, ["helpfulness", "verbosity"], {"verbosity": 0.0}
+    )
+    assert limited.weights == [1.0, 0.0]  # a limit is no weight
     told = choose_objectives({"verbosity": ObjectiveConfig(weight=0.5)}, ["helpfulness", "verbosity"], {"verbosity": 0.0})
     assert told.weights == [1.0, 0.5]
 
