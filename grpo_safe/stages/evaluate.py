@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from grpo_safe import models, runtime
+from grpo_safe.algorithm.rates import mcnemar, rate, rate_difference
 from grpo_safe.algorithm.statistics import mean_interval
 from grpo_safe.config import EvalConfig, SamplingConfig
 from grpo_safe.data.rows import load_prompts
@@ -145,7 +146,7 @@ def answer(
 
 
 def compare(cfg: EvalConfig, prompts: list[Prompt], before: Answers, after: Answers, objectives: list[str]) -> dict[str, Any]:
-    """Both means and the paired difference, the unit being the prompt; refusals by kind of prompt."""
+    """Both means and the paired difference, the unit being the prompt; refusals by kind of prompt, and answers that were cut, as rates."""
     kinds = np.array([p.kind for p in prompts])
 
     def paired(a: np.ndarray, b: np.ndarray, inside: np.ndarray) -> dict[str, dict[str, float]]:
@@ -154,6 +155,12 @@ def compare(cfg: EvalConfig, prompts: list[Prompt], before: Answers, after: Answ
             name: mean_interval(values, cfg.eval.bootstrap, cfg.seed).as_dict()
             for name, values in (("start", a), ("policy", b), ("difference", b - a))
         }
+
+    def rates(a: np.ndarray, b: np.ndarray, inside: np.ndarray) -> dict[str, Any]:
+        """Of events, one completion a prompt (the first): exact, paired, and how likely no difference would look like this."""
+        a, b = a[inside, 0], b[inside, 0]
+        figures = (("start", rate(a)), ("policy", rate(b)), ("difference", rate_difference(a, b)))
+        return {name: figure.as_dict() for name, figure in figures} | {"n": int(inside.sum()), "p": mcnemar(a, b)}
 
     everywhere = np.ones(len(prompts), dtype=bool)
     groups = {kind: kinds == kind for kind in sorted(set(kinds.tolist()))}
@@ -169,11 +176,9 @@ def compare(cfg: EvalConfig, prompts: list[Prompt], before: Answers, after: Answ
             kind: {name: paired(before.scores[..., k], after.scores[..., k], inside) for k, name in enumerate(objectives)}
             for kind, inside in groups.items()
         },
-        "refusals": {
-            kind: paired(before.refused, after.refused, inside) | {"n": int(inside.sum())} for kind, inside in groups.items()
-        },
+        "refusals": {kind: rates(before.refused, after.refused, inside) for kind, inside in groups.items()},
         "tokens": paired(before.tokens, after.tokens, everywhere),
-        "truncated": paired(before.truncated, after.truncated, everywhere),
+        "truncated": rates(before.truncated, after.truncated, everywhere),
     }
 
 
