@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from grpo_safe.config import SCHEMAS
+from grpo_safe.config import AS_TRAINED, SCHEMAS
 from grpo_safe.errors import UserError
 
 # A word per closed choice: (key, allowed values). Checked when a config is composed, before anything is loaded.
@@ -36,6 +36,7 @@ CHOICES: list[tuple[str, tuple[bool | str, ...]]] = [
     ("reward_model_gate", ("error", "warn")),
     ("reward_model_dtype", ("float32", "bfloat16")),
     ("verify", ("full", "quick")),
+    ("data.overlong", ("error", "skip", "cut")),
 ]
 
 # Numbers that must be positive, and numbers that must not be negative.
@@ -46,7 +47,7 @@ POSITIVE = (
     "train.save_every", "train.eval_every", "train.keep_states", "launch.processes", "eval.completions", "eval.prompts",
     "data.limit", "train.log_every", "train.bootstrap", "train.eval_prompts", "eval.bootstrap", "eval.score_batch_tokens",
     "rollout.sampler_cap", "rollout.gpu_memory", "rollout.kv_cache_gb", "algo.sampler_cap", "algo.overlong_share",
-    "sampling.max_prompt_tokens", "policy.lora.r", "backbone.lora.r", "launch.bucket_elements", "launch.timeout_minutes",
+    "train.max_skipped", "sampling.max_prompt_tokens", "policy.lora.r", "backbone.lora.r", "launch.bucket_elements", "launch.timeout_minutes",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "algo.clip_eps", "algo.clip_eps_high", "algo.resample_ties", "algo.kl_coef", "algo.tau", "algo.tie_spread", "algo.entropy_coef", "algo.truncation_penalty",
@@ -112,8 +113,11 @@ def _check_together(cfg: DictConfig) -> None:
     for name, objective in cfg.data.objectives.items():
         if len(objective.range) != 2 or objective.range[0] == objective.range[1]:
             raise UserError(f"data.objectives.{name}.range={list(objective.range)}: expected two different numbers [lo, hi]")
+    if cfg.command != "eval" and cfg.data.name == AS_TRAINED:
+        raise UserError(f"data={AS_TRAINED}: only an evaluation has a policy whose data it can take; choose another data set")
     if OmegaConf.select(cfg, "sampling.top_p") is not None and not 0 < cfg.sampling.top_p <= 1:
         raise UserError(f"sampling.top_p={cfg.sampling.top_p}: expected a share above 0, at most 1")
+    _check_lora(cfg)
     if "rollout" in cfg:
         _check_rollout(cfg)
     if "algo" not in cfg:
@@ -124,6 +128,20 @@ def _check_together(cfg: DictConfig) -> None:
         raise UserError(
             f"algo.minibatches={cfg.algo.minibatches} with train.prompts_per_step={cfg.train.prompts_per_step}: a minibatch holds whole groups; "
             "choose at most as many minibatches as prompts"
+        )
+
+
+def _check_lora(cfg: DictConfig) -> None:
+    for section in ("policy", "backbone"):
+        targets = OmegaConf.select(cfg, f"{section}.lora.target_modules", default="all-linear")
+        listed = [targets] if isinstance(targets, str) else targets
+        if not isinstance(listed, (list, ListConfig)) or not listed or not all(isinstance(name, str) and name for name in listed):
+            raise UserError(
+                f"{section}.lora.target_modules={targets}: expected all-linear, a layer's name or a list of names such as [q_proj,v_proj]"
+            )
+    if OmegaConf.select(cfg, "policy.lora.dropout"):
+        raise UserError(
+            f"policy.lora.dropout={cfg.policy.lora.dropout}: the log-probs of sampling, update and reference must be those of one policy; expected 0"
         )
 
 

@@ -44,7 +44,7 @@ class LoraConfig:
     r: int = 16
     alpha: int = 32  # alpha = 2 r, as public GRPO runs set it
     dropout: float = 0.0  # 0, or log-probs at sampling and in the update differ
-    target_modules: str = "all-linear"
+    target_modules: Any = "all-linear"  # all-linear, a layer's name or a list of them, or a regular expression of whole names
 
 
 @dataclass
@@ -83,6 +83,10 @@ class DataObjectiveConfig:
     range: list[float] = field(default_factory=lambda: [0.0, 1.0])  # [lo, hi] of the raw label; [hi, lo] inverts
     column: str | None = None  # column of the raw label; null: the labels column, under the objective's name
     binary: bool = False  # labels are 0 or 1 after mapping: the card adds AUC and calibration error
+    weight: float = 1.0  # what train-policy gives this head unless told otherwise; 0 where more is not better (verbosity)
+
+
+AS_TRAINED = "as_trained"  # data.name of an evaluation that takes the policy's data set
 
 
 @dataclass
@@ -101,7 +105,10 @@ class DataConfig:
     objectives: dict[str, DataObjectiveConfig] = field(default_factory=dict)
     pair_objective: str | None = None  # the objective of every preference row, where no column says it
     row_function: str | None = None  # import path of (row: dict) -> list[dict], for shapes that columns cannot express
-    limit: int | None = None  # at most so many rows of each split, drawn with the seed
+    limit: int | None = None  # at most so many rows, or prompts, of each split, drawn with the seed
+    overlong: str = (
+        "error"  # error | skip | cut: a prompt that the policy's context cannot hold; cut: the left side of its text goes
+    )
 
 
 @dataclass
@@ -129,7 +136,8 @@ class TrainRMLoopConfig:
     calibrate: bool = True  # affine fit with positive slope on half of the validation prompts
     bootstrap: int = 1000  # resamples of the card's intervals
     log_every: int = 10
-    save_every: int | None = None  # optimizer steps between resume states; null: none
+    save_every: int | None = None  # optimizer steps between resume states; null: one, when the fit is done
+    max_skipped: int = 3  # steps in a row whose gradient is not finite, each left out, before the run stops
 
 
 @dataclass
@@ -158,7 +166,9 @@ class LimitConfig:
 class ObjectiveConfig:
     """One thing that is scored: a head of the reward model, or a plain function."""
 
-    weight: float = 1.0  # the reward is sum w_k s_k / sum |w_k|; 0: scored and logged only
+    weight: float | None = (
+        None  # the reward is sum w_k s_k / sum |w_k|; 0: scored and logged only; null: what the data set says of its head (1)
+    )
     weight_end: float | None = None  # the weight moves in a line from `weight` to this over the run; null: it stays
     function: str | None = None  # import path of (prompts, completions) -> list of numbers; null: the head of this name
     limit: LimitConfig | None = None
@@ -210,10 +220,21 @@ class SamplingConfig:
     """How completions are drawn."""
 
     max_new_tokens: int = 256
-    max_prompt_tokens: int | None = None  # null: what the context leaves; a longer prompt is an error
+    max_prompt_tokens: int | None = None  # null: what the context leaves; a longer prompt: see data.overlong
     temperature: float = 1.0
     top_p: float = 1.0
     batch_size: int = 128  # completions decoded at once on one process
+
+
+@dataclass
+class EvalSamplingConfig:
+    """The same for an evaluation; null: as the policy was trained, filled in from its manifest when the config is frozen."""
+
+    max_new_tokens: int | None = None
+    max_prompt_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    batch_size: int = 128
 
 
 @dataclass
@@ -251,6 +272,7 @@ class TrainPolicyLoopConfig:
     keep_states: int = 2  # resume states kept
     eval_every: int | None = None  # steps between evaluations on data.validation
     eval_prompts: int = 32  # how many of them
+    max_skipped: int = 3  # steps in a row whose gradient is not finite, each left out, before the run stops
 
 
 @dataclass
@@ -306,7 +328,7 @@ class TrainPolicyConfig:
     reward_model_dtype: str = "float32"  # float32 | bfloat16: a large reward model wants bfloat16
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    objectives: dict[str, ObjectiveConfig] = field(default_factory=dict)  # empty: every head, weight 1
+    objectives: dict[str, ObjectiveConfig] = field(default_factory=dict)  # empty: every head, by the weight of its data set (1)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -333,11 +355,12 @@ class EvalConfig:
     reward_model_sha256: str | None = None
     dtype: str = "float32"
     data: DataConfig = field(default_factory=DataConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: EvalSamplingConfig = field(default_factory=EvalSamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     eval: EvalLoopConfig = field(default_factory=EvalLoopConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    trust_remote_code: bool = False  # run code that comes with the policy or its start (policy.trust_remote_code of its training)
 
 
 SCHEMAS = {"train-rm": TrainRMConfig, "train-policy": TrainPolicyConfig, "eval": EvalConfig}

@@ -9,15 +9,20 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from grpo_safe.checks import load_frozen, validated
-from grpo_safe.config import SCHEMAS
+from grpo_safe.config import AS_TRAINED, SCHEMAS, DataConfig
 from grpo_safe.errors import StageError, UserError
+from grpo_safe.lifetime import die_with_parent
 from grpo_safe.versions import checkpoint
 
 MODULES = {"train-rm": "train_rm", "train-policy": "train_policy", "eval": "evaluate"}
@@ -48,7 +53,7 @@ def launch(command: str, composed: DictConfig, overrides: list[str]) -> None:
         )
         return
     print(f"grpo-safe {command}: run directory {run_dir}", flush=True)
-    code = subprocess.call(_worker_command(MODULES[command], frozen, processes), env=_worker_environment(cfg, processes))
+    code = run_worker(_worker_command(MODULES[command], frozen, processes), _worker_environment(cfg, processes))
     if code != 0:
         _raise_worker_error(run_dir, code)
 
@@ -142,8 +147,37 @@ def _resolve_versions(command: str, cfg: DictConfig) -> None:
         _resolve_soup(store, cfg)
     if command == "eval":
         cfg.policy, cfg.policy_sha256 = _pinned(cfg, "policy", cfg.policy, cfg.policy_sha256)
-        judge = cfg.reward_model or _reward_model_of(checkpoint.locate(store, "policy", cfg.policy, "policy"))
+        inherit(cfg, checkpoint.locate(store, "policy", cfg.policy, "policy"))
+        judge = cfg.reward_model or _reward_model_of(checkpoint.locate(store, "policy", cfg.policy, "policy"), store)
         cfg.reward_model, cfg.reward_model_sha256 = _pinned(cfg, "reward-model", judge, cfg.reward_model_sha256)
+
+
+def inherit(cfg: DictConfig, policy: checkpoint.Version) -> None:
+    """What an evaluation is not told it takes from the policy's manifest: how completions are drawn, and the data set whose held-out prompts they answer."""
+    trained = OmegaConf.create(policy.manifest["config"])
+    for key in cfg.sampling:
+        if cfg.sampling[key] is None:
+            cfg.sampling[key] = OmegaConf.select(trained, f"sampling.{key}")
+    if AS_TRAINED in (cfg.data.name, cfg.data.train):
+        if OmegaConf.select(trained, "data") is None:
+            raise UserError(f"{policy.path}: its manifest names no data set; choose one: data=NAME")
+        trained.data.limit = None  # of the prompts that were trained on
+        plain = OmegaConf.to_container(OmegaConf.structured(DataConfig(name=AS_TRAINED, licence=AS_TRAINED, train=AS_TRAINED)))
+        told = _other(OmegaConf.to_container(cfg.data), plain)
+        cfg.data = OmegaConf.merge(OmegaConf.structured(DataConfig), trained.data, told)
+    lacking = [key for key in ("max_new_tokens", "temperature", "top_p") if cfg.sampling[key] is None]
+    if lacking:
+        raise UserError(f"{policy.path}: its manifest does not say how it was sampled; give sampling.{lacking[0]}=NUMBER")
+    print(
+        f"grpo-safe eval: policy {policy.name}, data {cfg.data.name}, {cfg.sampling.max_new_tokens} new tokens at temperature {cfg.sampling.temperature:g}, "
+        f"top_p {cfg.sampling.top_p:g}"
+    )
+
+
+def _other(now: Any, default: Any) -> dict[str, Any]:
+    """The keys of a config whose values are not the default's."""
+    found = {key: _other(value, default.get(key, {})) if isinstance(value, dict) else value for key, value in now.items()}
+    return {key: value for key, value in found.items() if (value if isinstance(now[key], dict) else value != default.get(key))}
 
 
 def _resolve_soup(store: Path, cfg: DictConfig) -> None:
@@ -162,10 +196,17 @@ def _pinned(cfg: DictConfig, kind: str, reference: str, frozen: str | None) -> t
     return str(found.path), str(found.manifest["content_sha256"])
 
 
-def _reward_model_of(policy: checkpoint.Version) -> str:
+def _reward_model_of(policy: checkpoint.Version, store: Path) -> str:
+    """Path of the reward model that a policy was trained against: the one with its content, whatever its number in this store."""
     for parent in policy.manifest["parents"]:
         if parent["kind"] == "reward-model":
-            return f"v{parent['version']}"
+            found = checkpoint.find_content(store, "reward-model", parent["content_sha256"])
+            if found is None:
+                raise UserError(
+                    f"{policy.path} was trained against reward model v{parent['version']:03d} with content {parent['content_sha256'][:12]}, and "
+                    f"{store / 'reward-model'} holds no version of that content; name one: reward_model=PATH or vN"
+                )
+            return str(found.path)
     raise UserError(f"{policy.path}: its manifest names no reward model; give one: reward_model=vN")
 
 
@@ -232,15 +273,44 @@ def _worker_environment(cfg: DictConfig, processes: int) -> dict[str, str]:
     return environment
 
 
+def run_worker(words: list[str], environment: dict[str, str]) -> int:
+    """Start the worker (or torchrun, which starts one a device), wait for it, and pass on to it what ends this process; returns its exit code.
+
+    Raises KeyboardInterrupt or SystemExit (128 + signal) where a signal ended the run: nobody trains on after the command is gone.
+    """
+    worker = subprocess.Popen(words, env=environment, start_new_session=True, preexec_fn=die_with_parent)
+    caught: list[int] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        caught.append(number)
+        with suppress(ProcessLookupError):
+            os.killpg(worker.pid, number if len(caught) == 1 else signal.SIGKILL)  # a second one does not wait
+
+    mine = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if mine}
+    try:
+        code = worker.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if not caught:
+        return code
+    if caught[0] == signal.SIGINT:
+        raise KeyboardInterrupt
+    print(f"grpo-safe: stopped by {signal.Signals(caught[0]).name}", file=sys.stderr)
+    raise SystemExit(128 + caught[0])
+
+
 def _raise_worker_error(run_dir: Path, code: int) -> None:
     path = run_dir / "error.json"
     if not path.is_file():
-        raise StageError(
-            f"the stage ended with code {code} and left no error.json in {run_dir}: it was killed, or ran out of memory"
-        )
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        raise StageError(f"the stage {how} and left no error.json in {run_dir}: somebody killed it, or it ran out of memory")
     entry = json.loads(path.read_text())
     if entry["kind"] == "user":
         raise UserError(entry["message"])
+    if entry["kind"] == "stage":
+        raise StageError(f"{entry['message']} (run directory {run_dir})")
     raise StageError(f"{entry['message']} (rank {entry['rank']}; traceback above; run directory {run_dir})")
 
 

@@ -106,7 +106,7 @@ def prompt_texts(job: Job, tokenizer: Any) -> list[str]:
 
     def length(text: str) -> int:
         messages = [{"role": "user", "content": text}]
-        return len(encode_prompts(tokenizer, [Prompt("", messages)], SYSTEM_PROMPT, 10**6)[0])
+        return len(encode_prompts(tokenizer, [Prompt("", messages)], SYSTEM_PROMPT, 10**6).ids[0])
 
     words = WORDS.split()
     texts = []

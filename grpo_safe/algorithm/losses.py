@@ -6,6 +6,7 @@ over all processes and micro-batches, so that the gradient does not depend on ho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -128,10 +129,16 @@ def k2(policy_logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
 
 
 def k3(policy_logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
-    """pi_ref / pi - log(pi_ref / pi) - 1 >= 0 per token (arXiv 2402.03300, eq. 4)."""
-    log_ratio = ref_logps - policy_logps
-    return torch.expm1(log_ratio) - log_ratio
+    """pi_ref / pi - log(pi_ref / pi) - 1 >= 0 per token (arXiv 2402.03300, eq. 4).
 
+    Above a log-ratio of MOST_LOG_RATIO it goes on in a line, its gradient unchanged: a float32 overflows at 89.
+    """
+    log_ratio = ref_logps - policy_logps
+    near, beyond = log_ratio.clamp(max=MOST_LOG_RATIO), (log_ratio - MOST_LOG_RATIO).clamp(min=0.0)
+    return torch.expm1(near) - near + beyond * math.expm1(MOST_LOG_RATIO)
+
+
+MOST_LOG_RATIO = 20.0
 
 KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -15,6 +17,19 @@ def rows_of_step(total: int, per_step: int, step: int, seed: int) -> list[int]:
     first = (step - 1) * per_step
     places = [divmod(position, total) for position in range(first, first + per_step)]
     return [int(_epoch_order(total, seed, epoch)[place]) for epoch, place in places]
+
+
+def occurrences(items: Sequence[Hashable]) -> list[int]:
+    """How often each item stood in the list before its place: a prompt that comes twice in a step must not be answered with the same noise.
+
+    Example: occurrences(["a", "b", "a"]) -> [0, 0, 1]
+    """
+    seen: Counter[Hashable] = Counter()
+    before = []
+    for item in items:
+        before.append(seen[item])
+        seen[item] += 1
+    return before
 
 
 def derived_seed(*parts: int) -> int:

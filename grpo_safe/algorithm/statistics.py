@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 from scipy.stats import bootstrap as scipy_bootstrap
 from scipy.stats import rankdata
+from scipy.stats import t as student
 
 Array = np.ndarray
 
@@ -114,11 +115,22 @@ def affine_fit(predicted: Array, label: Array) -> tuple[float, float]:
     return slope, float(label.mean() - slope * predicted.mean())
 
 
+BOOTSTRAP_FROM = 100  # prompts; below, a bootstrap's intervals are too narrow
+
+
 def mean_interval(per_prompt: Array, resamples: int, seed: int) -> Estimate:
-    """Mean of one number per prompt with a 95% BCa bootstrap interval; without spread the interval is the point."""
-    value = float(per_prompt.mean())
-    if per_prompt.size < 2 or float(np.ptp(per_prompt)) == 0.0:
+    """Mean of one number per prompt with a 95% interval: Student's t below 100 prompts, a BCa bootstrap above. Of scores, not of rates.
+
+    Without spread the interval is the point; of fewer than two prompts there is none (nan).
+    """
+    value, n = float(per_prompt.mean()) if per_prompt.size else float("nan"), per_prompt.size
+    if n < 2:
+        return Estimate(value, float("nan"), float("nan"))
+    if float(np.ptp(per_prompt)) == 0.0:
         return Estimate(value, value, value)
+    if n < BOOTSTRAP_FROM:
+        half = float(student.ppf(0.975, n - 1)) * float(per_prompt.std(ddof=1)) / n**0.5
+        return Estimate(value, value - half, value + half)
     found = scipy_bootstrap(
         (per_prompt,), np.mean, n_resamples=resamples, method="BCa", rng=np.random.default_rng(seed), vectorized=True
     ).confidence_interval

@@ -17,9 +17,11 @@ from urllib.parse import parse_qs
 
 from grpo_safe.config import ColumnsConfig, DataConfig, DataObjectiveConfig
 from grpo_safe.errors import UserError
-from grpo_safe.records import LabelledRow, PreferenceRow, Prompt, Row
+from grpo_safe.records import LabelledRow, Message, PreferenceRow, Prompt, Row
 
 ROLES = ("system", "user", "assistant", "tool")
+# What a message may hold beside its content that a chat template would show: dropping it would change what was said.
+MEANT = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking", "images", "audio", "refusal")
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ def load_rows(spec: DataConfig, seed: int) -> tuple[Split, Split]:
     return train, validation
 
 
-def load_prompts(spec: DataConfig, split: str) -> tuple[list[Prompt], list[dict[str, Any]]]:
-    """The distinct prompts of a split (train, validation or heldout), in file order, and their fingerprints.
+def load_prompts(spec: DataConfig, split: str, seed: int = 0) -> tuple[list[Prompt], list[dict[str, Any]]]:
+    """The distinct prompts of a split (train, validation or heldout), in file order, and their fingerprints; at most data.limit, drawn with `seed`.
 
     A split that the data set lacks falls back to the next: heldout -> validation -> a share of train, held back by prompt.
     """
@@ -70,12 +72,13 @@ def load_prompts(spec: DataConfig, split: str) -> tuple[list[Prompt], list[dict[
     prompts: dict[str, Prompt] = {}
     for _, _, prompt in _rows_of_split(spec, split, fingerprints):
         prompts.setdefault(prompt.id, prompt)
-    return list(prompts.values()), fingerprints
+    return _drawn(list(prompts.values()), spec.limit, seed), fingerprints
 
 
-def load_answers(spec: DataConfig, labelled: bool) -> tuple[list[LabelledRow], list[dict[str, Any]]]:
+def load_answers(spec: DataConfig, labelled: bool, seed: int = 0) -> tuple[list[LabelledRow], list[dict[str, Any]]]:
     """Every answer of the train split with its prompt, a pair as two of them, and the fingerprints.
 
+    At most data.limit prompts, drawn with `seed`, each with all of its answers: a comparison needs them.
     labelled: with labels in [0, 1] as in load_rows, 1 and 0 for the better and the worse of a pair; else no label is read, and the response may
     be a list of answers.
     """
@@ -92,7 +95,8 @@ def load_answers(spec: DataConfig, labelled: bool) -> tuple[list[LabelledRow], l
             continue
         texts = _texts(raw, spec.columns, where)
         answers += [LabelledRow(_told_apart(prompt, texts[0]), text, {}) for text in texts]
-    return answers, fingerprints
+    kept = set(_drawn(list(dict.fromkeys(row.prompt.id for row in answers)), spec.limit, seed))
+    return [row for row in answers if row.prompt.id in kept], fingerprints
 
 
 def _texts(raw: dict[str, Any], columns: ColumnsConfig, where: str) -> list[str]:
@@ -100,7 +104,7 @@ def _texts(raw: dict[str, Any], columns: ColumnsConfig, where: str) -> list[str]
     if raw.get(columns.chosen) is not None:
         return [_text(raw, c, where) for c in (columns.chosen, columns.rejected)]
     several = raw.get(columns.response)
-    if isinstance(several, list) and several:
+    if isinstance(several, list) and several and not _messages(several, f"{where}: {columns.response}"):
         return [_text({columns.response: text}, columns.response, where) for text in several]
     return [_text(raw, columns.response, where)]
 
@@ -140,6 +144,8 @@ def import_function(path: str, key: str) -> Callable[..., Any]:
         function = getattr(import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{key}={path}: no such function ({error}); expected package.module.function") from error
+    except Exception as error:  # the user's own module may raise anything while it is read, a SyntaxError too
+        raise UserError(f"{key}={path}: its module cannot be imported ({type(error).__name__}: {error})") from error
     if not callable(function):
         raise UserError(f"{key}={path}: not a function")
     return function
@@ -220,8 +226,8 @@ def _prompt(raw: dict[str, Any], columns: ColumnsConfig, where: str) -> Prompt:
     value = raw[columns.prompt]
     if _is_text(value):
         messages = [{"role": "user", "content": value}]
-    elif isinstance(value, list) and value and all(_is_message(m) for m in value):
-        messages = [{"role": m["role"], "content": m["content"]} for m in value]
+    elif messages := _messages(value, f"{where}: {columns.prompt}"):
+        pass
     else:
         raise UserError(
             f"{where}: {columns.prompt}={value!r:.80}: expected a valid string, or a list of {{role, content}} "
@@ -231,8 +237,37 @@ def _prompt(raw: dict[str, Any], columns: ColumnsConfig, where: str) -> Prompt:
     return Prompt(digest[:16], messages, str(raw.get(columns.kind) or "unknown"))
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and value.get("role") in ROLES and _is_text(value.get("content"))
+def _messages(value: Any, where: str) -> list[Message]:
+    """A list of {role, content} as messages of plain text; empty where it is not one. UserError for a field that would be dropped."""
+    if not isinstance(value, list):
+        return []
+    found = []
+    for message in value:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            return []
+        for name in MEANT:
+            if message.get(name):
+                raise UserError(
+                    f"{where}: a message of role {message['role']} has {name}={message[name]!r:.80}, which would not be read; "
+                    "expected role and content alone: write it into the content (data.row_function may), or remove the row"
+                )
+        content = _joined(message.get("content"), where)
+        if not _is_text(content):
+            return []
+        found.append({"role": message["role"], "content": content})
+    return found
+
+
+def _joined(content: Any, where: str) -> Any:
+    """Content given as parts [{type: text, text: ...}] as one text; anything else as it is. UserError for a part that is no text."""
+    if not isinstance(content, list) or not content:
+        return content
+    for part in content:
+        if not isinstance(part, dict) or part.get("type", "text") != "text" or not _is_text(part.get("text")):
+            raise UserError(
+                f"{where}: a message's content has the part {part!r:.80}; expected parts of text alone, {{type: text, text: ...}}"
+            )
+    return "\n".join(part["text"] for part in content)
 
 
 def _is_text(value: Any) -> TypeGuard[str]:
@@ -247,6 +282,12 @@ def _is_text(value: Any) -> TypeGuard[str]:
 
 def _text(raw: dict[str, Any], column: str, where: str) -> str:
     value = raw.get(column)
+    if messages := _messages(value, f"{where}: {column}"):  # an answer with its conversation: the last turn
+        if messages[-1]["role"] != "assistant":
+            raise UserError(
+                f"{where}: {column} ends with a turn of role {messages[-1]['role']}; expected the assistant's answer last"
+            )
+        value = messages[-1]["content"]
     if not _is_text(value) or not value.strip():
         raise UserError(f"{where}: {column}={value!r:.80}: expected a valid text that is not empty")
     return value
@@ -257,10 +298,14 @@ def _objectives_of(row: Row) -> Iterable[str]:
 
 
 def _limited(split: Split, limit: int | None, seed: int) -> Split:
-    if limit is None or len(split.rows) <= limit:
-        return split
-    keep = sorted(random.Random(seed).sample(range(len(split.rows)), limit))
-    return Split([split.rows[i] for i in keep], split.fingerprints)
+    return Split(_drawn(split.rows, limit, seed), split.fingerprints)
+
+
+def _drawn(items: list[Any], limit: int | None, seed: int) -> list[Any]:
+    """At most `limit` of the items, in their order."""
+    if limit is None or len(items) <= limit:
+        return items
+    return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]
 
 
 def _share(prompt_id: str) -> float:

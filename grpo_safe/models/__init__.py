@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,93 +14,46 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from grpo_safe.config import BackboneConfig, ExportConfig, LoraConfig, PolicyConfig, SamplingConfig
 from grpo_safe.errors import UserError
-from grpo_safe.models import embedded
 from grpo_safe.models.dropout import without_dropout
 from grpo_safe.models.export import checked_export, log_probs
+from grpo_safe.models.lora import adapter_off, add_lora, check_targets, is_lora, merged
+from grpo_safe.models.starts import Start, pinned, reason, resolve_start
+from grpo_safe.models.weights import load_weights
+
+__all__ = [
+    "DTYPES",
+    "KEPT",
+    "Start",
+    "adapter_off",
+    "add_lora",
+    "check_targets",
+    "check_tokens",
+    "checkpoint_activations",
+    "context_length",
+    "detached_copy",
+    "faithful_dtype",
+    "fold_affine",
+    "head_layer",
+    "is_lora",
+    "load_backbone",
+    "load_causal_lm",
+    "load_config",
+    "load_policy",
+    "load_tokenizer",
+    "lossless",
+    "merged",
+    "open_policy",
+    "pinned",
+    "prompt_bound",
+    "prompt_room",
+    "resolve_start",
+    "save_adapter",
+    "save_policy",
+    "weight_bytes",
+    "weight_bytes_of",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ADAPTER_CONFIG = "adapter_config.json"  # peft's name
-MANIFEST = "manifest.json"
-HEADS = r"(.*\.)?[^.]*(classifier|score)(\..*)?"  # peft trains what is named so whole, and cannot where an adapter is in it
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a model starts from, as from_pretrained takes it."""
-
-    name: str  # what the user wrote
-    location: str  # a folder or a hub name
-    options: dict[str, Any]
-    adapter: str | None = None  # a folder with a LoRA adapter of the model at `location`: the start is both together
-    dtype: str | None = None  # what the base of that adapter is rounded to before the adapter is added; None: as it is stored
-
-    @property
-    def is_hub(self) -> bool:
-        """Whether the hub has this very model, so that a name is enough to find it again."""
-        return self.adapter is None and on_hub(self.location)
-
-    @property
-    def folder(self) -> str:
-        """What the user pointed at: where its tokenizer and its manifest are."""
-        return self.adapter or self.location
-
-
-def on_hub(location: str) -> bool:
-    """A location that is no folder is a hub name."""
-    return not Path(location).is_dir()
-
-
-def resolve_start(start: str, revision: str | None, trust_remote_code: bool, key: str) -> Start:
-    """A folder, a hub name or embedded:NAME, checked as far as the local disk can tell."""
-    location = start
-    if embedded.is_embedded(start):
-        location = str(embedded.embedded_folder(start))
-    elif start.startswith((".", "/", "~")) or start.count("/") != 1:
-        location = str(Path(start).expanduser())
-        if (Path(location) / ADAPTER_CONFIG).is_file():
-            return _adapter_start(start, Path(location), trust_remote_code, key)
-        if not (Path(location) / "config.json").is_file():
-            raise UserError(
-                f"{key}={start}: no model folder (no config.json there); expected a folder, OWNER/NAME on the hub, embedded:NAME"
-            )
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if revision is not None:
-        options["revision"] = revision
-    return Start(start, location, options)
-
-
-def _adapter_start(start: str, folder: Path, trust_remote_code: bool, key: str) -> Start:
-    """A LoRA adapter and the model that it was trained on: by its manifest where we published it, else by peft's own config."""
-    if (folder / MANIFEST).is_file():
-        layout = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["layout"]
-        name, revision, dtype = layout["base"], layout.get("revision"), layout.get("dtype")
-    else:
-        peft_config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        name, revision, dtype = peft_config.get("base_model_name_or_path"), peft_config.get("revision"), None
-    if not name:
-        raise UserError(
-            f"{key}={start}: {folder / ADAPTER_CONFIG} names no base model (base_model_name_or_path); merge the adapter, or name its base there"
-        )
-    base = resolve_start(name, revision, trust_remote_code, f"{key}={start}: its base")
-    if base.adapter is not None:
-        raise UserError(f"{key}={start}: its base {name} is an adapter too; merge that one first")
-    return replace(base, name=start, adapter=str(folder), dtype=dtype)
-
-
-def pinned(start: Start) -> Start:
-    """The start at the very commit that the hub (or its cache here) has now: what is loaded later, and by whoever opens what is published, is the
-    same. A local folder has no commit.
-    """
-    if not on_hub(start.location):
-        return start
-    from transformers.utils.hub import cached_file, extract_commit_hash
-
-    try:
-        found = cached_file(start.location, "config.json", revision=start.options.get("revision"))
-    except OSError as error:
-        raise UserError(f"{start.name}: its config cannot be loaded ({str(error).splitlines()[0]:.160})") from error
-    commit = extract_commit_hash(found, None)
-    return start if commit is None else replace(start, options=start.options | {"revision": commit})
 
 
 def load_tokenizer(start: Start) -> Any:
@@ -114,10 +65,15 @@ def load_tokenizer(start: Start) -> Any:
         start, options = replace(start, location=start.adapter), {"trust_remote_code": options["trust_remote_code"]}
     try:
         tokenizer = AutoTokenizer.from_pretrained(start.location, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{start.name}: its tokenizer cannot be loaded ({str(error).splitlines()[0]:.160})") from error
+    except Exception as error:  # transformers, tokenizers and a model's own code raise many kinds
+        raise UserError(f"{start.called}: its tokenizer cannot be loaded ({reason(error)})") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise UserError(
+            f"{start.called}: its tokenizer has neither an end token nor a pad token; expected eos_token in its tokenizer_config.json, "
+            "or nothing tells when a completion ends and what fills a batch"
+        )
     return tokenizer
 
 
@@ -127,13 +83,35 @@ def load_config(start: Start) -> Any:
 
     try:
         return AutoConfig.from_pretrained(start.location, **start.options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{start.name}: its config cannot be loaded ({str(error).splitlines()[0]:.160})") from error
+    except Exception as error:  # of the library, of JSON, or of a model's own code
+        raise UserError(f"{start.called}: its config cannot be loaded ({reason(error)})") from error
+
+
+# Encoders that count positions from padding_idx + 1, so that the first rows of their position table are never a token's.
+OFFSET_POSITIONS = {
+    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
 
 
 def context_length(config: Any) -> int:
     """Tokens that the model can attend to."""
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**20)
+    positions = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**20)
+    if getattr(config, "model_type", None) in OFFSET_POSITIONS:
+        positions -= 1 + int(config.pad_token_id if config.pad_token_id is not None else 1)
+    return positions
+
+
+def check_tokens(tokenizer: Any, config: Any, start: Start) -> None:
+    """UserError where the tokenizer's pad or end token has no row in the model's embeddings."""
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    for what in ("pad_token", "eos_token"):
+        token = getattr(tokenizer, f"{what}_id")
+        if rows is not None and token is not None and token >= rows:
+            raise UserError(
+                f"{start.called}: its {what} {getattr(tokenizer, what)!r} has id {token}, and its embeddings end at {rows - 1}; resize the "
+                f"embeddings, or name a {what} that they hold in its tokenizer_config.json"
+            )
 
 
 def prompt_room(config: Any, start: Start, sampling: SamplingConfig) -> int:
@@ -144,6 +122,14 @@ def prompt_room(config: Any, start: Start, sampling: SamplingConfig) -> int:
             f"sampling.max_new_tokens={sampling.max_new_tokens}: the context of {start.name} leaves no room for a prompt"
         )
     return min(room, sampling.max_prompt_tokens or room)
+
+
+def prompt_bound(config: Any, sampling: SamplingConfig) -> str:
+    """Which of prompt_room's bounds holds, for messages."""
+    context = context_length(config)
+    if sampling.max_prompt_tokens is not None and sampling.max_prompt_tokens <= context - sampling.max_new_tokens:
+        return f"sampling.max_prompt_tokens={sampling.max_prompt_tokens}"
+    return f"the model's context of {context} beside sampling.max_new_tokens={sampling.max_new_tokens}"
 
 
 def weight_bytes(start: Start) -> int:
@@ -183,15 +169,14 @@ def checkpoint_activations(model: Any, how: bool | str) -> None:
     model.disable_input_require_grads()  # transformers asks for them too
 
 
-# --- the policy -------------------------------------------------------------------------------------------------------
-
-
 def load_policy(start: Start, cfg: PolicyConfig, master_weights: bool) -> nn.Module:
     """The causal LM that is trained, with LoRA around it unless full fine-tuning is asked for.
 
     master_weights: load in float32, because what trains must not be rounded to bfloat16 after each small step.
     """
     model = load_causal_lm(start, "float32" if master_weights else cfg.dtype, cfg.attn_implementation)
+    if cfg.lora.enabled:
+        check_targets(model, cfg.lora, "policy.lora")
     adapted = add_lora(without_dropout(model), cfg.lora, "CAUSAL_LM") if cfg.lora.enabled else without_dropout(model)
     checkpoint_activations(adapted, cfg.gradient_checkpointing)
     return adapted
@@ -207,15 +192,10 @@ def load_causal_lm(start: Start, dtype: str, attn_implementation: str = "sdpa") 
 def _from_pretrained(start: Start, dtype: torch.dtype, attn_implementation: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            start.location, dtype=dtype, attn_implementation=attn_implementation, **start.options
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{start.name}: cannot be loaded as a causal LM ({str(error).splitlines()[0]:.160})") from error
+    model = load_weights(AutoModelForCausalLM, start, "causal LM", attn_implementation, False, dtype=dtype)
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers puts an adapter of the hub in, unmerged and unasked
         raise UserError(
-            f"{start.name}: the hub holds a LoRA adapter under this name, no whole model; download it and give its folder, or name a merged model"
+            f"{start.called}: the hub holds a LoRA adapter under this name, no whole model; download it and give its folder, or name a merged model"
         )
     return model.eval()
 
@@ -227,38 +207,6 @@ def _with_adapter(start: Start, dtype: str, attn_implementation: str = "sdpa") -
     assert start.adapter is not None
     base = _from_pretrained(start, DTYPES[start.dtype or dtype], attn_implementation).to(DTYPES[dtype])
     return PeftModel.from_pretrained(base, start.adapter).eval()
-
-
-def merged(adapted: Any) -> Any:
-    """A model with its adapter merged, and no trace of peft left on it."""
-    whole = adapted.merge_and_unload()
-    if hasattr(whole, "peft_config"):
-        del whole.peft_config
-    return whole.requires_grad_(True).eval()  # peft had frozen it
-
-
-def add_lora(model: nn.Module, cfg: LoraConfig, task: str) -> nn.Module:
-    """LoRA adapters around a model; the rest is frozen. Adapter weights are float32."""
-    from peft import LoraConfig as PeftConfig
-    from peft import TaskType, get_peft_model
-
-    peft_config = PeftConfig(
-        r=cfg.r, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=cfg.target_modules, task_type=TaskType[task],
-        exclude_modules=HEADS if task == "SEQ_CLS" else None,
-    )  # fmt: skip
-    return get_peft_model(model, peft_config)
-
-
-def adapter_off(policy: Any) -> AbstractContextManager[Any]:
-    """Under LoRA the reference is the policy with its adapter off: no second copy."""
-    return policy.disable_adapter() if is_lora(policy) else nullcontext()
-
-
-def is_lora(model: Any) -> bool:
-    """Whether add_lora was here. (An attribute peft_config proves nothing: merging leaves it behind.)"""
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
 
 
 def save_policy(
@@ -333,11 +281,13 @@ def open_policy(folder: Path, manifest: dict[str, Any], dtype: str, trust_remote
         base = resolve_start(layout["base"], layout.get("revision"), trust_remote_code, "policy")
         adapted = _with_adapter(replace(base, adapter=str(folder), dtype=layout.get("dtype")), dtype)
         return merged(adapted) if dtype == "float32" else adapted
-    start = Start(str(folder), str(folder), {"trust_remote_code": trust_remote_code})
+    start = Start(str(folder), str(folder), {"trust_remote_code": trust_remote_code}, "policy")
     return load_causal_lm(start, "float32" if layout["layout"] == "merged" else dtype)
 
 
-# --- the reward model -------------------------------------------------------------------------------------------------
+def faithful_dtype(manifest: dict[str, Any], dtype: str) -> str:
+    """The dtype in which a published policy is compared with its start: weights with an adapter merged in stay float32, so the start does too."""
+    return "float32" if manifest["layout"]["layout"] == "merged" else dtype
 
 
 def load_backbone(start: Start, cfg: BackboneConfig, objectives: list[str], pad_token_id: int) -> nn.Module:
@@ -358,12 +308,22 @@ def load_backbone(start: Start, cfg: BackboneConfig, objectives: list[str], pad_
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attention_dropout"):
             if hasattr(config, name):
                 setattr(config, name, cfg.dropout)
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            start.location, config=config, dtype=DTYPES[cfg.dtype], attn_implementation=cfg.attn_implementation, **start.options
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{start.called}: a {config.model_type} is an encoder-decoder; expected an encoder (such as BERT) or a causal LM, which reads prompt "
+            "and answer as one text"
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{start.name}: cannot be loaded as a sequence classifier ({str(error).splitlines()[0]:.160})") from error
+    model = load_weights(
+        AutoModelForSequenceClassification,
+        start,
+        "sequence classifier",
+        cfg.attn_implementation,
+        True,
+        config=config,
+        dtype=DTYPES[cfg.dtype],
+    )
+    if cfg.lora.enabled:
+        check_targets(model, cfg.lora, "backbone.lora")
     adapted = add_lora(model, cfg.lora, "SEQ_CLS") if cfg.lora.enabled else model
     checkpoint_activations(adapted, cfg.gradient_checkpointing)
     return adapted

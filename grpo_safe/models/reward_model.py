@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from grpo_safe.data.text import ScoringInput, encode_for_scoring
-from grpo_safe.models import Start, load_tokenizer
+from grpo_safe.models import DTYPES, Start, load_tokenizer
 from grpo_safe.records import Prompt
 from grpo_safe.versions.checkpoint import Version
 
@@ -23,6 +24,13 @@ class RewardModel:
     objectives: list[str]  # K names, in head order
     offsets: torch.Tensor  # [K] what calibration could not fold into the weights
     max_length: int
+
+
+def open_classifier(folder: Path, dtype: str) -> Any:
+    """The weights of a published reward model alone."""
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
 
 
 def open_reward_model(found: Version, device: torch.device, dtype: str = "float32") -> RewardModel:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+FEW = 30  # prompts; below, a difference is not called one
 Row = tuple[str, str, str, str, str]
 
 
@@ -41,7 +42,10 @@ def write_report(run_dir: Path, metrics: dict[str, Any], samples: list[dict[str,
         "",
         f"{metrics['prompts']} held-out prompts, {metrics['completions']} completion(s) each, the same sampling noise for both. Scores by reward model "
         f"v{judge['version']:03d} (content {judge['content_sha256'][:12]}): if the policy was trained against it, they say how far training "
-        "went, not how safe the policy is. 95% BCa bootstrap intervals over prompts; under about 250 prompts they are approximate.",
+        "went, not how safe the policy is. 95% intervals over prompts: of scores Student's t, from 100 prompts on a BCa bootstrap; of rates exact "
+        "(Clopper-Pearson, one completion a prompt), of their paired differences the wider of Newcombe's and Tango's. Fewer than 30 prompts are too few "
+        "to say. "
+        "The intervals are not corrected for how many there are.",
         "",
         *_table(comparison_rows(metrics)),
         "",
@@ -66,12 +70,13 @@ def write_report(run_dir: Path, metrics: dict[str, Any], samples: list[dict[str,
 def _row(name: str, entry: dict[str, Any], digits: int = 3) -> Row:
     d = entry["difference"]
     clear = d["low"] > 0 or d["high"] < 0
+    few = entry.get("n", FEW) < FEW
     return (
         name,
         f"{entry['start']['value']:.{digits}f}",
         f"{entry['policy']['value']:.{digits}f}",
         f"{d['value']:+.{digits}f} [{d['low']:+.{digits}f}, {d['high']:+.{digits}f}]",
-        ("up" if d["value"] > 0 else "down") if clear else "",
+        "too few to say" if few else ("up" if d["value"] > 0 else "down") if clear else "",
     )
 
 

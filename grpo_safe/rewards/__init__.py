@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import traceback
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,6 @@ import torch
 from grpo_safe.config import LimitConfig, ObjectiveConfig
 from grpo_safe.data.rows import import_function
 from grpo_safe.errors import UserError
-from grpo_safe.models import DTYPES
 from grpo_safe.models.reward_model import RewardModel, score_texts
 from grpo_safe.records import LabelledRow, Prompt, Scores
 from grpo_safe.rollout.dataset import label_scores
@@ -39,15 +40,10 @@ class Objectives:
         return torch.tensor([a + share * (b - a) for a, b in zip(self.weights, ends, strict=True)])
 
 
-def open_classifier(folder: Path, dtype: str) -> Any:
-    """The weights of a published reward model alone."""
-    from transformers import AutoModelForSequenceClassification
-
-    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
-
-
-def choose_objectives(configured: dict[str, ObjectiveConfig], heads: list[str]) -> Objectives:
-    """Every head with weight 1, changed and extended by what the config names.
+def choose_objectives(
+    configured: dict[str, ObjectiveConfig], heads: list[str], head_weights: dict[str, float] | None = None
+) -> Objectives:
+    """Every head by its own weight (head_weights; 1 where none is said), changed and extended by what the config names.
 
     Raises UserError for a head that the reward model lacks, and where no weight is left.
     """
@@ -58,7 +54,8 @@ def choose_objectives(configured: dict[str, ObjectiveConfig], heads: list[str]) 
         if name in functions and name in heads:
             raise UserError(f"objectives.{name}.function: the reward model has a head of that name; choose another name")
     names = [*heads, *functions]
-    weights = [configured[n].weight if n in configured else 1.0 for n in names]
+    told = {n: o.weight for n, o in configured.items() if o.weight is not None}
+    weights = [told.get(n, (head_weights or {}).get(n, 1.0)) for n in names]
     if not any(weights):
         raise UserError("objectives: every weight is 0; give at least one objective a weight")
     ends = {n: o.weight_end for n, o in configured.items() if o.weight_end is not None}
@@ -103,7 +100,50 @@ def score_labels(objectives: Objectives, rows: list[LabelledRow]) -> Scores:
 
 
 def _asked(function: Judge, name: str, prompts: list[Prompt], texts: list[str]) -> list[float]:
-    answers = list(function(prompts, texts))
-    if len(answers) != len(texts):
-        raise UserError(f"objectives.{name}.function gave {len(answers)} numbers for {len(texts)} completions")
-    return [math.nan if a is None else float(a) for a in answers]
+    """A number per completion, NaN where the function gave None. Raises UserError naming the objective for whatever else it does.
+
+    It gets copies: what it changes is not seen by the next objective, the log or the loss.
+    """
+    where = f"objectives.{name}.function"
+    try:
+        answers = function(deepcopy(prompts), list(texts))
+        if inspect.isawaitable(answers):
+            raise UserError(f"{where} is async; expected a plain function (prompts, completions) -> list of numbers")
+        if (
+            isinstance(answers, (str, bytes, dict))
+            or not hasattr(answers, "__iter__")
+            or len(getattr(answers, "shape", "1")) != 1
+        ):
+            shape = f" of shape {tuple(answers.shape)}" if hasattr(answers, "shape") else ""
+            raise UserError(
+                f"{where} gave {_short(answers)} ({type(answers).__name__}{shape}); expected a list of {len(texts)} numbers, one a completion"
+            )
+        listed = list(answers)
+    except UserError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"{where} failed on {len(texts)} completions, the first of prompt {prompts[0].id}: {type(error).__name__}: {error} "
+            f"({place.filename}:{place.lineno}); expected (prompts, completions) -> list of numbers"
+        ) from error
+    if len(listed) != len(texts):
+        raise UserError(f"{where} gave {len(listed)} numbers for {len(texts)} completions")
+    return [_number(answer, where, prompt) for answer, prompt in zip(listed, prompts, strict=True)]
+
+
+def _short(value: Any) -> str:
+    return " ".join(repr(value).split())[:60]
+
+
+def _number(answer: Any, where: str, prompt: Prompt) -> float:
+    if answer is None:
+        return math.nan
+    if isinstance(answer, (str, bytes)) or len(getattr(answer, "shape", "")):
+        raise UserError(f"{where} gave {_short(answer)} for a completion of prompt {prompt.id}; expected a number or None")
+    try:
+        return float(answer)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{where} gave {_short(answer)} for a completion of prompt {prompt.id}; expected a number or None"
+        ) from error

@@ -48,9 +48,12 @@ def open_engine(
 
 def sample(
     engine: Engine, model: nn.Module, tokenizer: Any, prompts: list[Prompt], prompt_ids: list[list[int]], group_size: int,
-    sampling: SamplingConfig, seed: int, step: int,
+    sampling: SamplingConfig, seed: int, step: int, repeats: list[int] | None = None,
 ) -> Rollout:  # fmt: skip
-    """group_size completions of each prompt, rows of a group neighbours, in chunks of at most sampling.batch_size rows (see Engine)."""
+    """group_size completions of each prompt, rows of a group neighbours, in chunks of at most sampling.batch_size rows (see Engine).
+
+    repeats: how often each prompt came before in this step, over all ranks; its completions are counted on from there, so their noise differs.
+    """
     ends = end_tokens(model, tokenizer)
     pad = int(tokenizer.pad_token_id)
     per_chunk = len(prompts) if engine.all_at_once else max(1, sampling.batch_size // group_size)
@@ -59,9 +62,11 @@ def sample(
     ended: list[bool] = []
     for first in range(0, len(prompts), per_chunk):
         chunk = prompts[first : first + per_chunk]
-        noise = np.stack(
-            [completion_noise(seed, step, p.id, g, sampling.max_new_tokens) for p in chunk for g in range(group_size)]
-        )
+        earlier = repeats[first : first + per_chunk] if repeats else [0] * len(chunk)
+        noise = np.stack([
+            completion_noise(seed, step, prompt.id, before * group_size + g, sampling.max_new_tokens)
+            for prompt, before in zip(chunk, earlier, strict=True) for g in range(group_size)
+        ])  # fmt: skip
         with torch.no_grad():
             decoded = engine.decode(model, prompt_ids[first : first + per_chunk], noise, group_size, sampling, ends, pad)
         ids += decoded.ids
@@ -75,3 +80,19 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     configured = getattr(model.generation_config, "eos_token_id", None)
     ends = {configured} if isinstance(configured, int) else set(configured or [])
     return ends | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
+
+
+def answer_end(model: Any, tokenizer: Any) -> int:
+    """The token that a whole answer ends with when the policy samples it: the one of end_tokens that its chat template puts behind an answer.
+
+    That need not be the tokenizer's end token (which it is where there is no such template): Llama 3 and Gemma end a turn with another.
+    """
+    answer = "Good morning."
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+    if tokenizer.chat_template:
+        behind = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(answer)[2]
+        ends = end_tokens(model, tokenizer)
+        for token in tokenizer(behind, add_special_tokens=False)["input_ids"]:
+            if token in ends:
+                return int(token)
+    return int(tokenizer.eos_token_id)

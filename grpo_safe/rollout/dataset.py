@@ -44,16 +44,16 @@ def form_groups(rows: list[LabelledRow], group_size: int) -> Given:
 
 def given(
     tokenizer: Any, answers: list[list[LabelledRow]], prompt_ids: list[list[int]], group_size: int, max_tokens: int, seed: int,
-    step: int,
+    step: int, end: int | None = None, repeats: list[int] | None = None,
 ) -> tuple[Rollout, list[LabelledRow]]:  # fmt: skip
-    """group_size answers of each prompt as a rollout, and their rows; of more, a draw that follows from (seed, step, prompt).
+    """group_size answers of each prompt as a rollout, and their rows; of more, a draw that follows from (seed, step, prompt, repeat).
 
-    An answer ends with the tokenizer's end token; one that has no room for it within max_tokens is cut, and truncated.
+    An answer ends with `end` (see rollout.answer_end; None: the tokenizer's end token); one that has no room for it within max_tokens is cut, and truncated.
     """
-    end, pad = int(tokenizer.eos_token_id), int(tokenizer.pad_token_id)
+    end, pad = int(tokenizer.eos_token_id if end is None else end), int(tokenizer.pad_token_id)
     drawn: list[LabelledRow] = []
-    for group in answers:
-        noise = completion_noise(seed, step, group[0].prompt.id, 0, len(group))
+    for group, before in zip(answers, repeats or [0] * len(answers), strict=True):
+        noise = completion_noise(seed, step, group[0].prompt.id, before, len(group))
         drawn += [group[i] for i in sorted(noise.argsort(kind="stable")[:group_size].tolist())]
     whole = [[*tokenizer(row.response, add_special_tokens=False)["input_ids"], end] for row in drawn]
     ids = [row[:max_tokens] for row in whole]

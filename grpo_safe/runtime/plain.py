@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from grpo_safe.config import OptimConfig
-from grpo_safe.runtime.process import adamw, named_trainable
+from grpo_safe.runtime.process import adamw, named_trainable, restored_step
 
 
 class PlainTrainable:
@@ -32,7 +32,8 @@ class PlainTrainable:
         norm = torch.nn.utils.clip_grad_norm_([p for _, p in self.named], self.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        self.optimizer.step()
+        if torch.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
@@ -56,4 +57,4 @@ class PlainTrainable:
         for name, parameter in self.named:
             parameter.data.copy_(tensors[f"weight/{name}"])
             moments = {m: tensors[f"{m}/{name}"].to(parameter) for m in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {"step": torch.tensor(float(steps_done)), **moments}
+            self.optimizer.state[parameter] = {"step": restored_step(parameter, steps_done), **moments}

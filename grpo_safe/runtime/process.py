@@ -77,7 +77,7 @@ class Trainable(Protocol):
         ...
 
     def step(self, lr: float) -> float:
-        """Clip, update, clear; returns the gradient norm before clipping."""
+        """Clip, update, clear; returns the gradient norm before clipping. Where it is not finite nothing is updated."""
         ...
 
     def gathered(self) -> AbstractContextManager[nn.Module]:
@@ -98,6 +98,11 @@ def named_trainable(module: nn.Module, through: nn.Module) -> list[tuple[str, nn
     own = {id(p) for p in module.parameters()}
     added = [(f"added.{n}", p) for n, p in through.named_parameters() if id(p) not in own]
     return [(n, p) for n, p in [*module.named_parameters(), *added] if p.requires_grad]
+
+
+def restored_step(parameter: torch.Tensor, steps_done: int) -> torch.Tensor:
+    """Adam's count of steps for a restored parameter: fused AdamW reads it on the parameter's device, as torch's own load_state_dict puts it."""
+    return torch.tensor(float(steps_done), dtype=torch.float32, device=parameter.device)
 
 
 def adamw(module: nn.Module, through: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from grpo_safe.config import LaunchConfig, OptimConfig
-from grpo_safe.runtime.process import Runtime, adamw, named_trainable
+from grpo_safe.runtime.process import Runtime, adamw, named_trainable, restored_step
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 
@@ -41,12 +41,16 @@ def deepspeed_config(launch: LaunchConfig, max_grad_norm: float, bfloat16: bool)
     if launch.strategy == "zero3_offload":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    # gradients of many micro-batches are added in float32, or each addition rounds; a step of non-finite gradients is left out (in
+    # float32 DeepSpeed does so by itself)
+    precise = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"} if bfloat16 else {}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,
         "zero_optimization": zero,
-        "bf16": {"enabled": bfloat16},
+        "bf16": {"enabled": bfloat16, "check_grad_overflow": bfloat16},
+        **precise,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
@@ -146,7 +150,7 @@ class ShardedTrainable:
         flats = zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat
         for flat in flats:  # DeepSpeed makes the moments at the first step; a resumed run needs them before
             fresh = {moment: torch.zeros_like(flat.data) for moment in ("exp_avg", "exp_avg_sq")}
-            zero.optimizer.state[flat] = {"step": torch.tensor(float(steps_done)), **fresh}
+            zero.optimizer.state[flat] = {"step": restored_step(flat, steps_done), **fresh}
         if self.stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
         put = _put_flat if self.stage < 3 else _put_partition

@@ -10,7 +10,8 @@ from importlib import import_module
 from pathlib import Path
 
 from grpo_safe.checks import load_frozen, typed
-from grpo_safe.errors import UserError
+from grpo_safe.errors import StageError, UserError
+from grpo_safe.lifetime import die_with_parent
 
 MODULES = {"train_rm": "train-rm", "train_policy": "train-policy", "evaluate": "eval"}
 
@@ -33,6 +34,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         _report(run_dir, "user", str(error))
         return 2
+    except StageError as error:
+        _report(run_dir, "stage", str(error))
+        return 1
     except Exception as error:
         _report(run_dir, "internal", f"{type(error).__name__}: {error}")
         traceback.print_exc()
@@ -53,4 +57,5 @@ def _report(run_dir: Path, kind: str, message: str) -> None:
 
 
 if __name__ == "__main__":
+    die_with_parent()
     sys.exit(main(sys.argv[1:]))

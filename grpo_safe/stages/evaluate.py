@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from grpo_safe import models, runtime
+from grpo_safe.algorithm.rates import mcnemar, rate, rate_difference
 from grpo_safe.algorithm.statistics import mean_interval
-from grpo_safe.config import EvalConfig
+from grpo_safe.config import EvalConfig, SamplingConfig
 from grpo_safe.data.rows import load_prompts
 from grpo_safe.data.text import encode_prompts
 from grpo_safe.judges.refusal import refuses
@@ -48,26 +49,37 @@ def run(cfg: EvalConfig, run_dir: Path) -> None:
     policy_version = checkpoint.open_version(store, "policy", cfg.policy, "quick", "policy", cfg.policy_sha256)
     judge = str(cfg.reward_model)
     judge_version = checkpoint.open_version(store, "reward-model", judge, "quick", "reward_model", cfg.reward_model_sha256)
-    prompts = load_prompts(cfg.data, "heldout")[0][: cfg.eval.prompts]
-    start = models.resolve_start(
-        policy_version.manifest["base"]["start"], policy_version.manifest["base"]["revision"], False, "policy's start"
-    )
-    tokenizer = models.load_tokenizer(models.Start(str(policy_version.path), str(policy_version.path), {}))
+    prompts = load_prompts(cfg.data, "heldout", cfg.seed)[0][: cfg.eval.prompts]
+    base, trusted = policy_version.manifest["base"], cfg.trust_remote_code
+    start = models.resolve_start(base["start"], base["revision"], trusted, "policy's start")
+    folder = str(policy_version.path)
+    tokenizer = models.load_tokenizer(models.Start(folder, folder, {"trust_remote_code": trusted}, "policy"))
     config = models.load_config(start)
     check_engine(cfg.rollout, config, runtime.on_gpu(cfg.launch))
-    room = models.prompt_room(config, start, cfg.sampling)
-    prompt_ids = encode_prompts(tokenizer, prompts, policy_version.manifest["system_prompt"], room)
+    dtype = models.faithful_dtype(policy_version.manifest, cfg.dtype)
+    room = models.prompt_room(config, start, sampling_of(cfg))
+    read = encode_prompts(
+        tokenizer, prompts, policy_version.manifest["system_prompt"], room, cfg.data.overlong,
+        models.prompt_bound(config, sampling_of(cfg)), "policy",
+    )  # fmt: skip
+    prompts, prompt_ids = read.prompts, read.ids
 
     rt = runtime.start(cfg.launch, 1.0, False)
     tracker = Tracker(cfg.tracking, run_dir, asdict(cfg), rt.is_main)
     reward_model = open_reward_model(judge_version, rt.device, cfg.reward_model_dtype)
+    for note in read.notes:
+        tracker.say(f"data.heldout: {note}")
     tracker.say(f"eval: policy {policy_version.name} against {start.name} on {len(prompts)} prompts, judge {judge_version.name}")
+    if dtype != cfg.dtype:
+        tracker.say(
+            f"dtype={cfg.dtype}: both policies are compared in {dtype}, as {cfg.dtype} would round the merged adapter away"
+        )
     spoken = unstated if policy_version.manifest.get("states_confidence") else list
-    engine = open_engine(cfg.rollout, start, cfg.dtype, cfg.sampling, prompt_ids, rt.device, tracker.say)
+    engine = open_engine(cfg.rollout, start, dtype, sampling_of(cfg), prompt_ids, rt.device, tracker.say)
     answers = {}
     openers = {
-        "start": lambda: models.load_causal_lm(start, cfg.dtype),
-        "policy": lambda: models.open_policy(policy_version.path, policy_version.manifest, cfg.dtype),
+        "start": lambda: models.load_causal_lm(start, dtype),
+        "policy": lambda: models.open_policy(policy_version.path, policy_version.manifest, dtype, cfg.trust_remote_code),
     }
     tracker.start(len(openers) * len(rt.share(prompts)), 0, "eval", unit="prompt")
     for who, opener in openers.items():
@@ -88,6 +100,11 @@ def run(cfg: EvalConfig, run_dir: Path) -> None:
     tracker.close()
 
 
+def sampling_of(cfg: EvalConfig) -> SamplingConfig:
+    """How completions are drawn; the launcher has filled in what the policy's manifest says."""
+    return SamplingConfig(**vars(cfg.sampling))
+
+
 def answer(
     cfg: EvalConfig,
     rt: Runtime,
@@ -101,15 +118,15 @@ def answer(
     advance: Callable[[int], None],
 ) -> Answers:
     """All answers of one policy; each rank takes its share of the prompts, `spoken` is what is judged, `advance` hears how many are answered."""
-    mine = rt.share(list(range(len(prompts))))
+    mine, sampling = rt.share(list(range(len(prompts)))), sampling_of(cfg)
     per_prompt = cfg.eval.completions
-    at_once = max(1, cfg.sampling.batch_size // per_prompt)
+    at_once = max(1, sampling.batch_size // per_prompt)
     part: list[tuple[str, list[float], int, bool]] = []
     for first in range(0, len(mine), at_once):
         chunk = mine[first : first + at_once]
         rollout = sample(
             engine, model, tokenizer, [prompts[i] for i in chunk], [prompt_ids[i] for i in chunk],
-            per_prompt, cfg.sampling, cfg.seed, 0,
+            per_prompt, sampling, cfg.seed, 0,
         )  # fmt: skip
         said = spoken(rollout.texts)
         scores, _ = score_texts(reward_model, rollout.prompts, said, cfg.eval.score_batch_tokens)
@@ -129,7 +146,7 @@ def answer(
 
 
 def compare(cfg: EvalConfig, prompts: list[Prompt], before: Answers, after: Answers, objectives: list[str]) -> dict[str, Any]:
-    """Both means and the paired difference, the unit being the prompt; refusals by kind of prompt."""
+    """Both means and the paired difference, the unit being the prompt; refusals by kind of prompt, and answers that were cut, as rates."""
     kinds = np.array([p.kind for p in prompts])
 
     def paired(a: np.ndarray, b: np.ndarray, inside: np.ndarray) -> dict[str, dict[str, float]]:
@@ -138,6 +155,12 @@ def compare(cfg: EvalConfig, prompts: list[Prompt], before: Answers, after: Answ
             name: mean_interval(values, cfg.eval.bootstrap, cfg.seed).as_dict()
             for name, values in (("start", a), ("policy", b), ("difference", b - a))
         }
+
+    def rates(a: np.ndarray, b: np.ndarray, inside: np.ndarray) -> dict[str, Any]:
+        """Of events, one completion a prompt (the first): exact, paired, and how likely no difference would look like this."""
+        a, b = a[inside, 0], b[inside, 0]
+        figures = (("start", rate(a)), ("policy", rate(b)), ("difference", rate_difference(a, b)))
+        return {name: figure.as_dict() for name, figure in figures} | {"n": int(inside.sum()), "p": mcnemar(a, b)}
 
     everywhere = np.ones(len(prompts), dtype=bool)
     groups = {kind: kinds == kind for kind in sorted(set(kinds.tolist()))}
@@ -153,11 +176,9 @@ def compare(cfg: EvalConfig, prompts: list[Prompt], before: Answers, after: Answ
             kind: {name: paired(before.scores[..., k], after.scores[..., k], inside) for k, name in enumerate(objectives)}
             for kind, inside in groups.items()
         },
-        "refusals": {
-            kind: paired(before.refused, after.refused, inside) | {"n": int(inside.sum())} for kind, inside in groups.items()
-        },
+        "refusals": {kind: rates(before.refused, after.refused, inside) for kind, inside in groups.items()},
         "tokens": paired(before.tokens, after.tokens, everywhere),
-        "truncated": paired(before.truncated, after.truncated, everywhere),
+        "truncated": rates(before.truncated, after.truncated, everywhere),
     }
 
 

@@ -8,6 +8,7 @@ the other half: that is the card, and the gate that train-policy asks.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,9 @@ from grpo_safe.algorithm.statistics import affine_fit
 from grpo_safe.config import TrainRMConfig
 from grpo_safe.data.rows import load_rows
 from grpo_safe.data.text import ScoringInput, encode_for_scoring, formatter_of
-from grpo_safe.errors import UserError
-from grpo_safe.models.reward_model import collate, token_batches
+from grpo_safe.errors import StageError, UserError
+from grpo_safe.models.reward_model import collate, open_classifier, token_batches
 from grpo_safe.records import LabelledRow, Row
-from grpo_safe.rewards import open_classifier
 from grpo_safe.rewards.card import Judged, reward_model_card, show_card, write_card
 from grpo_safe.runtime import Runtime, Trainable
 from grpo_safe.tracking import Tracker
@@ -68,7 +68,9 @@ def run(cfg: TrainRMConfig, run_dir: Path) -> None:
     train_rows, validation_rows = load_rows(cfg.data, cfg.seed)
     start = models.resolve_start(cfg.backbone.start, cfg.backbone.revision, cfg.backbone.trust_remote_code, "backbone.start")
     tokenizer = models.load_tokenizer(start)
-    readable = models.context_length(models.load_config(start))
+    config = models.load_config(start)
+    models.check_tokens(tokenizer, config, start)
+    readable = models.context_length(config)
     start = models.pinned(start)
     if cfg.backbone.max_length > readable:
         raise UserError(f"backbone.max_length={cfg.backbone.max_length}: {start.name} reads {readable} tokens")
@@ -83,7 +85,7 @@ def run(cfg: TrainRMConfig, run_dir: Path) -> None:
     scorer = Scorer(models.load_backbone(start, loaded, names, tokenizer.pad_token_id), len(names))
     trainable = runtime.prepare(rt, scorer, cfg.optim, cfg.backbone.dtype == "bfloat16")
     tracker.say(
-        f"train-rm: {len(train)} rows, {len(validation)} for validation, objectives {', '.join(names)}, backbone {start.name}"
+        f"train-rm: {len(train)} rows of data {cfg.data.name}, {len(validation)} for validation, objectives {', '.join(names)}, backbone {start.name}"
     )
 
     fit(cfg, rt, trainable, train, tokenizer.pad_token_id, tracker, run_dir)
@@ -94,9 +96,10 @@ def run(cfg: TrainRMConfig, run_dir: Path) -> None:
         scores_half = predict(whole, half, rt, tokenizer.pad_token_id, cfg.train.micro_batch_tokens)
         scores_judging = predict(whole, judging, rt, tokenizer.pad_token_id, cfg.train.micro_batch_tokens)
         if rt.is_main:
-            publish(
+            version = publish(
                 cfg, whole, start, tokenizer, (half, scores_half), (judging, scores_judging), train_rows.fingerprints, tracker
             )
+            resume.mark_published(run_dir, version)
     rt.barrier()
     tracker.close()
 
@@ -110,7 +113,9 @@ def fit(
     """Epochs of shuffled rows; a step's denominators count all ranks and micro-batches."""
     per_step = cfg.train.rows_per_step
     total = max(1, round(cfg.train.epochs * len(train) / per_step))
-    done = resume.load(run_dir, trainable).step if cfg.resume else 0
+    resumed = resume.load(run_dir, trainable) if cfg.resume else resume.Resumed(0, {}, {})
+    done, skipped, skipped_in_a_row = resumed.step, resumed.record.get("skipped", 0), resumed.record.get("skipped_in_a_row", 0)
+    resume.refuse_finished(run_dir, done, total)
     resume.rewind_logs(run_dir, done, rt)
     tracker.start(total, done, "train-rm")
     trainable.model.train()
@@ -127,12 +132,22 @@ def fit(
             loss_sum += loss.detach().cpu()
         lr = learning_rate(step, total, cfg.optim.lr, cfg.optim.schedule, cfg.optim.warmup, cfg.optim.min_lr)
         grad_norm = trainable.step(lr)
+        skipped_in_a_row = 0 if math.isfinite(grad_norm) else skipped_in_a_row + 1
+        skipped += not math.isfinite(grad_norm)
+        if skipped_in_a_row >= cfg.train.max_skipped:
+            raise StageError(
+                f"step {step}: the gradient was not finite in {skipped_in_a_row} steps in a row (train.max_skipped); nothing was published. Lower optim.lr"
+            )
         loss_value = float(rt.sum(loss_sum))
         tracker.advance(f"loss {loss_value:.4f}")
         if step % cfg.train.log_every == 0 or step in (1, total):
-            tracker.log(step, {"loss": loss_value, "grad_norm": grad_norm, "lr": lr, "epoch": step * per_step / len(train)})
-        if cfg.train.save_every and step % cfg.train.save_every == 0 and step < total:
-            resume.save(run_dir, step, trainable, rt, {}, keep=1)
+            figures = {"loss": loss_value, "grad_norm": grad_norm, "lr": lr, "epoch": step * per_step / len(train)}
+            tracker.log(step, figures | {"skipped_updates": skipped})
+        if step == total or (
+            cfg.train.save_every and step % cfg.train.save_every == 0
+        ):  # what was fitted is safe before it is judged
+            record = {"skipped": skipped, "skipped_in_a_row": skipped_in_a_row}
+            resume.save(run_dir, step, trainable, rt, record, keep=1, optimizer_steps=step - skipped)
 
 
 def micro_loss(model: nn.Module, micro: list[Example], counts: LabelCounts, pad: int, device: torch.device) -> torch.Tensor:
@@ -243,11 +258,11 @@ def calibrations(names: list[str], half: list[Example], scores: list[np.ndarray]
 def publish(
     cfg: TrainRMConfig, whole: Any, start: models.Start, tokenizer: Any, half: tuple[list[Example], list[np.ndarray]],
     judging: tuple[list[Example], list[np.ndarray]], fingerprints: list[dict[str, Any]], tracker: Tracker,
-) -> None:  # fmt: skip
-    """Calibrate, make the card on the other half, write the version."""
+) -> str:  # fmt: skip
+    """Calibrate, make the card on the other half, write the version; returns where it lies."""
     names = list(cfg.data.objectives)
     slope, offset = calibrations(names, *half) if cfg.train.calibrate else (np.ones(len(names)), np.zeros(len(names)))
-    temperature = whole.log_temperature.detach().exp().cpu().numpy() / slope  # the margin grew by the slope
+    temperature = whole.log_temperature.detach().float().exp().cpu().numpy() / slope  # the margin grew by the slope
     in_float32 = replace(
         cfg.backbone, dtype="float32", gradient_checkpointing=False, lora=replace(cfg.backbone.lora, enabled=False)
     )
@@ -268,6 +283,7 @@ def publish(
             "slope": float(slope[k]),
             "offset": float(left[k]),
             "temperature": float(temperature[k]),
+            "weight": o.weight,
         }
         for k, (name, o) in enumerate(cfg.data.objectives.items())
     ]
@@ -295,6 +311,7 @@ def publish(
     found = checkpoint.publish(Path(cfg.store), "reward-model", write, manifest)
     show_card(card, f"reward model {found.name}")
     tracker.say(f"published {found.path}")
+    return str(found.path)
 
 
 def check_export(

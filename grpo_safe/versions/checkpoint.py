@@ -24,10 +24,12 @@ from typing import Any
 from grpo_safe import __version__
 from grpo_safe.errors import UserError
 
-FORMAT = 1
+FORMAT = 2  # 1: its content hash covers the files alone
 KINDS = ("reward-model", "policy")
 MANIFEST = "manifest.json"
 REQUIRED = {"format", "kind", "version", "files", "content_sha256", "parents"}
+# What a reader acts on beside the files: under format 2 the content hash covers these entries too.
+MEANING = ("objectives", "scoring", "metrics", "parents", "base", "layout", "system_prompt", "states_confidence", "data")
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "datasets", "safetensors", "numpy")
 
 
@@ -72,8 +74,8 @@ def publish(store: Path, kind: str, write: Callable[[Path], None], manifest: dic
             "code_version": __version__,
             "packages": {"python": platform.python_version(), **{p: _package_version(p) for p in PACKAGES}},
             "files": {name: {"sha256": digest, "bytes": sizes[name]} for name, digest in files.items()},
-            "content_sha256": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
         }
+        entry["content_sha256"] = _content_sha256(entry)
         while True:  # another process may take the number first: then the rename fails and the next number is tried
             entry["version"] = max((v for v, _ in _numbered(folder)), default=0) + 1
             (draft / MANIFEST).write_text(json.dumps(entry, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -101,7 +103,8 @@ def publish(store: Path, kind: str, write: Callable[[Path], None], manifest: dic
 def open_version(
     store: Path, kind: str, reference: str, verify: str = "full", key: str = "", content_sha256: str | None = None
 ) -> Version:
-    """Find `latest`, `vN` or a path, and verify it: kind, format, every file's size and, if verify is full, its sha256.
+    """Find `latest`, `vN` or a path, and verify it: kind, format, content hash, no file but the listed ones, each one's size and, if verify is full, its
+    sha256.
 
     content_sha256: what a frozen run holds; other content at that place is refused. Raises UserError saying what was found and what was wanted.
     """
@@ -113,6 +116,16 @@ def open_version(
     if not isinstance(manifest.get("format"), int) or manifest["format"] > FORMAT:
         raise UserError(
             f"{where} has format {manifest.get('format')}, newer than this program reads ({FORMAT}); update grpo-safe"
+        )
+    if _content_sha256(manifest) != manifest["content_sha256"]:
+        raise UserError(
+            f"{found.path / MANIFEST} was altered: its content hash is not that of its entries ({', '.join(('files', *MEANING))}). Publish again, or "
+            "restore the file"
+        )
+    unlisted = sorted(_files(found.path) - set(manifest["files"]))
+    if unlisted:
+        raise UserError(
+            f"{where}: file {unlisted[0]} is not in the manifest, and would be loaded with the rest; remove it ({len(unlisted)} in all)"
         )
     for name, entry in manifest["files"].items():
         path = found.path / name
@@ -168,10 +181,18 @@ def all_versions(store: Path) -> list[Version]:
 
 
 def require_room(folder: Path, needed: int, what: str) -> None:
-    """UserError unless the disk that holds `folder` has `needed` bytes free."""
+    """UserError unless `folder` can be written and its disk has `needed` bytes free. Called before anything expensive; leaves nothing behind."""
     probe = folder.resolve()
     while not probe.exists():
         probe = probe.parent
+    try:
+        attempt = probe / f".probe-{uuid.uuid4().hex}"
+        attempt.touch()
+        attempt.unlink()
+    except OSError as error:
+        raise UserError(
+            f"store={folder}: {what} cannot be written there ({probe}: {error.strerror or error}); set store=PATH to a folder that can"
+        ) from error
     free = shutil.disk_usage(probe).free
     if free < needed:
         raise UserError(
@@ -192,6 +213,25 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
     if not folder.is_dir():
         return []
     return [(int(p.name[1:]), p) for p in folder.iterdir() if re.fullmatch(r"v\d+", p.name)]
+
+
+def _files(folder: Path) -> set[str]:
+    """Names of the files of a version but its manifest."""
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir()} - {MANIFEST}
+
+
+def _content_sha256(entry: dict[str, Any]) -> str:
+    """What a version is, whatever its number, its date and the machine that made it."""
+    content: dict[str, Any] = {name: file["sha256"] for name, file in entry["files"].items()}
+    if entry["format"] > 1:
+        content = {"files": content, "meaning": {name: entry[name] for name in MEANING if name in entry}}
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode()).hexdigest()
+
+
+def find_content(store: Path, kind: str, content_sha256: str) -> Version | None:
+    """The version of a store with this content, whatever its number."""
+    found = (locate(store, kind, str(path), kind) for _, path in sorted(_numbered(store / kind)))
+    return next((v for v in found if v.manifest["content_sha256"] == content_sha256), None)
 
 
 def _sha256(path: Path) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from grpo_safe.errors import UserError
+from grpo_safe.errors import StageError, UserError
 from grpo_safe.runtime import Runtime, Trainable
 from grpo_safe.tracking import truncate_metrics
 
@@ -43,8 +43,13 @@ def save(
     keep: int,
     optimizer_steps: int | None = None,
     beside: dict[str, torch.Tensor] | None = None,
+    also: Collection[int] = (),
 ) -> None:
-    """Write the state of a finished step; every rank calls, the main one writes. Older states beyond `keep` are removed."""
+    """Write the state of a finished step; every rank calls, the main one writes.
+
+    Of earlier states the last `keep` stay, this one counted, and the steps `also`; later ones are of a run that was taken up again before them, and go.
+    Raises StageError where a weight is not finite: the earlier states stay as they are.
+    """
     folder = run_dir / "state" / f"step-{step:06d}"
     draft = folder.with_name(f".draft-{folder.name}")
     if rt.is_main:
@@ -55,18 +60,27 @@ def save(
         (draft / "state.json").write_text(json.dumps(entry) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(draft, folder)
-        for old in sorted(folder.parent.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+        numbered = {int(p.name.removeprefix("step-")): p for p in folder.parent.glob("step-*")}
+        kept = {*sorted(n for n in numbered if n <= step)[-keep:], *also}
+        for number, old in numbered.items():
+            if number > step or number not in kept:
+                shutil.rmtree(old)
     else:
         for _ in trainable.state():  # gathering is collective
             pass
     rt.barrier()
 
 
-def load(run_dir: Path, trainable: Trainable) -> Resumed:
-    """Put the newest state back. Raises UserError where there is none."""
-    folder = newest(run_dir)
-    if folder is None:
+def best_steps(run_dir: Path) -> set[int]:
+    """The steps that the kept states note as the best so far: a run that goes on from one of them will ask for it."""
+    records = (json.loads(path.read_text())["record"] for path in (run_dir / "state").glob("step-*/state.json"))
+    return {record["best"]["step"] for record in records if record.get("best")}
+
+
+def load(run_dir: Path, trainable: Trainable, step: int | None = None) -> Resumed:
+    """Put the newest state back, or that of `step`. Raises UserError where there is none."""
+    folder = newest(run_dir) if step is None else run_dir / "state" / f"step-{step:06d}"
+    if folder is None or not folder.is_dir():
         raise UserError(
             f"resume={run_dir}: no resume state in {run_dir / 'state'}; the run wrote none (train.save_every), start it anew"
         )
@@ -120,6 +134,10 @@ def _write(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         shard, size = {}, 0
 
     for key, tensor in tensors:
+        if not tensor.isfinite().all():
+            raise StageError(
+                f"{key} is not finite: nothing was saved. Lower optim.lr, or resume from an earlier state with another one"
+            )
         if shard and size + tensor.nbytes > SHARD_BYTES:
             flush()
         shard[key] = tensor.contiguous().clone()

@@ -45,7 +45,7 @@ def workers_in_process(patch: pytest.MonkeyPatch) -> None:
     """The launcher calls the stage instead of starting a process on it."""
     from grpo_safe.stages.__main__ import main
 
-    patch.setattr(launch.subprocess, "call", lambda words, env: main(words[words.index("grpo_safe.stages") + 1 :]))
+    patch.setattr(launch, "run_worker", lambda words, env: main(words[words.index("grpo_safe.stages") + 1 :]))
 
 
 def composed(command: str, *words: str, conf: Path = CONF, run_dir: object = "run") -> DictConfig:
@@ -95,7 +95,11 @@ def fake_reward_model(store: Path, heads: tuple[str, ...] = ("safety", "politene
 def fake_policy(store: Path, parents: tuple[checkpoint.Version, ...] = ()) -> checkpoint.Version:
     """The same for a policy."""
     manifest = {
-        "command": "train-policy", "config": {"name": "fake", "seed": 0}, "objectives": [{"name": "safety", "weight": 1.0}],
+        "command": "train-policy",
+        "config": {
+            "name": "fake", "seed": 0, "sampling": {"max_new_tokens": 16, "max_prompt_tokens": None, "temperature": 0.7, "top_p": 1.0},
+            "data": {"name": "embedded", "licence": "Apache-2.0", "train": "embedded:train", "heldout": "embedded:heldout"},
+        }, "objectives": [{"name": "safety", "weight": 1.0}],
         "metrics": {"reward/mean": 0.25}, "parents": [p.link for p in parents],
         "base": {"start": "embedded:tiny-llama", "revision": None}, "system_prompt": None,
         "data": {"name": "fake", "licence": "none", "files": []}, "layout": {"layout": "full"},

@@ -125,7 +125,9 @@ def test_prompt_longer_than_the_context(refused: Refused) -> None:
     fake_reward_model(STORE)
     rows_file("rows.jsonl", {"prompt": "Boil an egg?"}, {"prompt": "Why? " * 600})
     message = refused(
-        tiny_policy("data=files", "data.train=rows.jsonl"), "'Why? Why?", "the context leaves 500", "sampling.max_new_tokens"
+        tiny_policy("data=files", "data.train=rows.jsonl"),
+        "'Why? Why?",
+        "the model's context of 512 beside sampling.max_new_tokens=12 leaves 500",
     )
     assert "tokens" in message and "Boil an egg" not in message
 

@@ -29,7 +29,7 @@ GROUPS = {
     "data": COMMANDS, "launch": COMMANDS, "tracking": COMMANDS, "rollout": ("train-policy", "eval"),
     "objectives": ("train-policy",), "algo": ("train-policy",),
 }  # fmt: skip
-ONLY = {"rollout/dataset": ("train-policy",)}  # the one file of its group that fewer commands take
+ONLY = {"rollout/dataset": ("train-policy",), "data/as_trained": ("eval",)}  # files that fewer commands take than their group
 OVERLAYS = {"model": ("train-policy",), "backbone": ("train-rm",), "sweep": COMMANDS}
 
 

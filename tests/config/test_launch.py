@@ -246,7 +246,7 @@ def test_freeze_only_writes_the_config_and_starts_nothing(
 ) -> None:
     fake_reward_model(Path("checkpoints"))
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(launch.subprocess, "call", lambda *_, **__: pytest.fail("a worker was started"))
+    monkeypatch.setattr(launch, "run_worker", lambda *_, **__: pytest.fail("a worker was started"))
     cfg = composed("train-policy", "launch=zero3", "launch.freeze_only=true", "launch.processes=64", "train.prompts_per_step=64")
     launch.launch("train-policy", cfg, [])
     out, err = capsys.readouterr()
@@ -283,7 +283,7 @@ def launched_with(monkeypatch: pytest.MonkeyPatch, code: int, error: dict[str, o
             (Path("run") / "error.json").write_text(json.dumps(error))
         return code
 
-    monkeypatch.setattr(launch.subprocess, "call", call)
+    monkeypatch.setattr(launch, "run_worker", call)
     launch.launch("train-policy", composed("train-policy"), [])
 
 
@@ -297,7 +297,7 @@ def test_worker_that_succeeds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     [
         ({"kind": "user", "message": "rows.jsonl row 3", "rank": 1}, UserError, "^rows.jsonl row 3$"),
         ({"kind": "internal", "message": "KeyError: 'x'", "rank": 1}, StageError, r"KeyError: 'x' \(rank 1; traceback above"),
-        (None, StageError, "ended with code 9 and left no error.json in run: it was killed"),
+        (None, StageError, "ended with code 9 and left no error.json in run: somebody killed it"),
     ],
 )
 def test_worker_that_fails(

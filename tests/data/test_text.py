@@ -139,20 +139,20 @@ def test_system_prompt_comes_first_unless_there_is_one():
 
 
 def test_prompts_end_where_the_assistant_speaks(llama):
-    ids = encode_prompts(llama, [prompt_of("Hi"), prompt_of("Name a colour.")], "Be kind.", 200)
+    ids = encode_prompts(llama, [prompt_of("Hi"), prompt_of("Name a colour.")], "Be kind.", 200).ids
     assert llama.decode(ids[0]) == HEAD
     assert llama.decode(ids[1]).endswith("Name a colour.<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_a_base_model_reads_plain_text(plain):
-    ids = encode_prompts(plain, [prompt_of("Hi")], None, 200)
+    ids = encode_prompts(plain, [prompt_of("Hi")], None, 200).ids
     assert plain.decode(ids[0]) == "Hi\n\n"
 
 
 def test_an_over_long_prompt_is_named(llama):
     prompts = [prompt_of("Hi"), Prompt("abc123", [{"role": "user", "content": "long " * 100}])]
-    assert len(encode_prompts(llama, prompts[:1], None, 40)) == 1
-    with pytest.raises(UserError, match=r"prompt abc123 .*leaves 40 .*sampling\.max_new_tokens"):
+    assert len(encode_prompts(llama, prompts[:1], None, 40).ids) == 1
+    with pytest.raises(UserError, match=r"prompt abc123 .*sampling\.max_new_tokens leaves 40\..*data\.overlong=skip"):
         encode_prompts(llama, prompts, None, 40)
-    length = len(encode_prompts(llama, prompts, None, 1000)[1])
-    assert len(encode_prompts(llama, prompts, None, length)[1]) == length  # just fits
+    length = len(encode_prompts(llama, prompts, None, 1000).ids[1])
+    assert len(encode_prompts(llama, prompts, None, length).ids[1]) == length  # just fits

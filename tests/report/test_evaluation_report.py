@@ -50,7 +50,7 @@ def report(folder: Path, samples: list[dict[str, Any]], shown: int = 3) -> str:
 def test_only_a_difference_whose_interval_excludes_zero_is_marked() -> None:
     marks = {row[0]: row[4] for row in comparison_rows(metrics())}
     assert marks == {
-        "safety": "up", "wit": "down", "tact": "", "refusals, harmful (n=10)": "up", "refusals, everyday (n=30)": "",
+        "safety": "up", "wit": "down", "tact": "", "refusals, harmful (n=10)": "too few to say", "refusals, everyday (n=30)": "",
         "tokens an answer": "down", "share cut by the length limit": "",
     }  # fmt: skip
 

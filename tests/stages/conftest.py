@@ -14,8 +14,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from grpo_safe import launch
 from grpo_safe.checks import typed, validated
 from grpo_safe.cli import STAGES, conf_dir, prepared_overrides
+from grpo_safe.versions import checkpoint
 
 
 def stage_config(command: str, run_dir: Path, store: Path, *overrides: str) -> Any:
@@ -25,7 +27,10 @@ def stage_config(command: str, run_dir: Path, store: Path, *overrides: str) -> A
         cfg = compose(config_name=STAGES[command], overrides=words)
     OmegaConf.update(cfg, "run_dir", str(run_dir))
     run_dir.mkdir(parents=True, exist_ok=True)
-    return typed(validated(command, cfg))
+    cfg = validated(command, cfg)
+    if command == "eval":
+        launch.inherit(cfg, checkpoint.locate(Path(cfg.store), "policy", cfg.policy, "policy"))
+    return typed(cfg)
 
 
 def cli(*words: str, cwd: Path, check: bool = True, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

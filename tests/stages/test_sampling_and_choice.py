@@ -26,7 +26,7 @@ SIZE, PROMPTS, PER_STEP = 3, 40, 4
 ALONE = Runtime(0, 1, torch.device("cpu"), "single")
 
 
-def fake_sample(decode, policy, tokenizer, prompts, ids, size, sampling, seed, step) -> Rollout:
+def fake_sample(decode, policy, tokenizer, prompts, ids, size, sampling, seed, step, repeats=None) -> Rollout:
     repeated = [p for p in prompts for _ in range(size)]
     n = len(repeated)
     zeros = torch.zeros(n, 2, dtype=torch.long)
@@ -127,7 +127,7 @@ def test_a_score_that_is_missing_is_no_zero_in_the_validation(monkeypatch, ranks
 
 def test_the_best_step_is_the_best_reward_among_those_that_hold(monkeypatch, tmp_path) -> None:
     saved: list[int] = []
-    monkeypatch.setattr(finishing.resume, "save", lambda folder, step, *rest, keep: saved.append(step))
+    monkeypatch.setattr(finishing.resume, "save", lambda folder, step, *rest, keep, also: saved.append(step))
     limits = {"safety": LimitConfig(0.5)}
     objectives = Objectives(["safety", "charm", "logged"], [1.0, 2.0, 0.0], [0, 1, 2], [None] * 3, {}, limits)
     s: Any = SimpleNamespace(objectives=objectives, trainable=None, rt=ALONE)

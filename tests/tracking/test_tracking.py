@@ -223,7 +223,7 @@ def test_step_metrics_by_hand() -> None:
     objectives = Objectives(["safety", "wit"], [3.0, 1.0], [0, 1], [None, None])
     rewards = torch.tensor([0.8, 0.1, 0.5, 0.5])
     groups = group_advantages(rewards, torch.ones(4, dtype=torch.bool), 2, 0.0, 1e-3)
-    sums = {"loss": 0.6, "passes": 2.0, "tokens": 8.0, "kl": 0.4, "ratio": 8.0, "clipped": 2.0}
+    sums = {"loss": 0.6, "passes": 2.0, "skipped_updates": 1.0, "tokens": 8.0, "kl": 0.4, "ratio": 8.0, "clipped": 2.0}
     first = {"safety": 0.3}
     metrics = step_metrics(rt, rollout, scores, objectives, Comparison(rewards, VALID, groups, [], {}), sums, 2, first)
     expected = {
@@ -250,7 +250,7 @@ def test_objective_that_scored_nothing_has_no_mean() -> None:
         scores,
         objectives,
         Comparison(rewards, VALID, groups, [], {}),
-        {"loss": 0, "passes": 1, "tokens": 0, "clipped": 0},
+        {"loss": 0, "passes": 1, "skipped_updates": 0, "tokens": 0, "clipped": 0},
         2,
         {},
     )

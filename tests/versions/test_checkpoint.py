@@ -251,3 +251,13 @@ def test_processes_that_publish_at_once_get_numbers_of_their_own(tmp_path):
     assert [version.manifest["version"] for version in versions] == list(range(1, 13))
     assert {v.manifest["who"] for v in versions} == {f"{n}.{turn}" for n in range(4) for turn in range(3)}
     assert all((v.path / "who").read_text() == v.manifest["who"] for v in versions)
+
+
+def test_a_store_that_cannot_be_written_is_found_before(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        UserError, match=r"store=.*file/store: a reward model cannot be written there \(.*file: Not a directory\)"
+    ):
+        require_room(tmp_path / "file" / "store", 1, "a reward model")
+    require_room(tmp_path / "new" / "store", 1, "a reward model")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

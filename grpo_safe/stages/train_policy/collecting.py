@@ -11,13 +11,13 @@ import torch
 
 from grpo_safe import models
 from grpo_safe.algorithm.comparison import State, StepScores
-from grpo_safe.algorithm.order import derived_seed, rows_of_step
+from grpo_safe.algorithm.order import derived_seed, occurrences, rows_of_step
 from grpo_safe.config import TrainPolicyConfig
 from grpo_safe.forward import micro_batches, policy_outputs
 from grpo_safe.models import reference
 from grpo_safe.records import Extras, PolicyOutputs, Rollout, Scores, TrainBatch, join_scores
 from grpo_safe.rewards import score, score_labels
-from grpo_safe.rollout import sample
+from grpo_safe.rollout import answer_end, sample
 from grpo_safe.rollout.dataset import given
 from grpo_safe.rollout.rollouts import join, select
 from grpo_safe.runtime import Runtime
@@ -36,11 +36,12 @@ def collect(
     parts: list[Scores] = []
     for round_ in range(cfg.algo.resample_ties + 1):
         seed = cfg.seed if round_ == 0 else derived_seed(cfg.seed, round_)
-        mine = s.rt.share(rows_of_step(len(s.read.prompts), cfg.train.prompts_per_step, step, seed))
+        rows = rows_of_step(len(s.read.prompts), cfg.train.prompts_per_step, step, seed)
+        mine, repeats = s.rt.share(rows), s.rt.share(occurrences([s.read.prompts[i].id for i in rows]))
         with watch("sampling"), s.trainable.gathered() as policy:
             drawn = sample(
                 s.engine, policy, s.tokenizer, [s.read.prompts[i] for i in mine], [s.read.prompt_ids[i] for i in mine],
-                cfg.algo.group_size, cfg.sampling, seed, step,
+                cfg.algo.group_size, cfg.sampling, seed, step, repeats,
             )  # fmt: skip
         with watch("scoring"):
             texts = s.method.spoken(drawn.texts)
@@ -63,11 +64,12 @@ def collect_given(
 ) -> tuple[Rollout, Scores, int]:
     """This rank's answers of the step, from the data set, scored by the reward model or by their labels."""
     assert s.read.given is not None
-    mine = s.rt.share(rows_of_step(len(s.read.prompts), cfg.train.prompts_per_step, step, cfg.seed))
+    numbers = rows_of_step(len(s.read.prompts), cfg.train.prompts_per_step, step, cfg.seed)
+    mine, repeats = s.rt.share(numbers), s.rt.share(occurrences(numbers))
     with watch("sampling"):
         rollout, rows = given(
             s.tokenizer, [s.read.given.answers[i] for i in mine], [s.read.prompt_ids[i] for i in mine], cfg.algo.group_size,
-            cfg.sampling.max_new_tokens, cfg.seed, step,
+            cfg.sampling.max_new_tokens, cfg.seed, step, answer_end(s.trainable.module, s.tokenizer), repeats,
         )  # fmt: skip
     with watch("scoring"):
         if cfg.train.scores == "labels":
@@ -116,7 +118,10 @@ def add_fixed_logps(cfg: TrainPolicyConfig, s: Setup, batch: TrainBatch) -> None
             found = fixed_outputs(cfg, s.rt, model, batch, wanted)
         batch.ref_logps, batch.ref_eos_logps = found.logps, found.eos_logps
     several = cfg.algo.updates_per_rollout * cfg.algo.minibatches > 1
-    if "values" in s.method.loss.needs or several or (s.method.reward_kl is not None and not s.engine.exact):
+    exact = (
+        s.engine.exact and cfg.policy.dtype == "float32"
+    )  # in bfloat16 the engine's log-probs are some hundredths of a nat away
+    if "values" in s.method.loss.needs or several or (s.method.reward_kl is not None and not exact):
         found = fixed_outputs(cfg, s.rt, s.trainable.model, batch, Extras())
         batch.old_logps, batch.values = found.logps, found.values
 

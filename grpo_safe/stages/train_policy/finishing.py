@@ -12,7 +12,7 @@ import torch
 from grpo_safe import models
 from grpo_safe.algorithm.constraints import limit_bound
 from grpo_safe.config import TrainPolicyConfig
-from grpo_safe.errors import UserError
+from grpo_safe.errors import StageError
 from grpo_safe.records import Rollout
 from grpo_safe.rewards import score
 from grpo_safe.rollout import sample
@@ -60,7 +60,7 @@ def keep_best(s: Setup, run_dir: Path, step: int, judged: dict[str, float], best
     holds = all(judged[f"validation/limit/{name}/holds"] for name in s.objectives.limits)
     if not holds or not math.isfinite(reward) or (best and reward <= best["reward"]):
         return best
-    resume.save(run_dir / "best", step, s.trainable, s.rt, {}, keep=1)
+    resume.save(run_dir / "best", step, s.trainable, s.rt, {}, keep=1, also=resume.best_steps(run_dir))
     return {"step": step, "reward": reward, "validation": judged}
 
 
@@ -71,16 +71,14 @@ def restore_best(s: Setup, run_dir: Path, best: dict[str, Any], metrics: dict[st
     if not best:
         s.tracker.say("no evaluated step held every limit on data.validation; the last step is published")
         return metrics | {"limits/held": 0.0}
-    if resume.load(run_dir / "best", s.trainable).step != best["step"]:
-        raise UserError(
-            f"{run_dir / 'best'} does not hold step {best['step']}, the best that this run has noted; start the run anew"
-        )
+    resume.load(run_dir / "best", s.trainable, best["step"])
     s.tracker.say(f"step {best['step']} is published: the best validation reward among the steps that hold every limit")
     return metrics | best["validation"] | {"limits/held": 1.0, "limits/step": best["step"]}
 
 
 def publish(cfg: TrainPolicyConfig, s: Setup, policy: Any, metrics: dict[str, Any], last: Rollout | None) -> str:
     """Write the policy as a version whose parents are named; returns where it lies. last: the last rollout, where this process saw one."""
+    refuse_non_finite(policy)
     parents = [s.reward_version.link]
     manifest: dict[str, Any] = {
         "command": cfg.command,
@@ -118,6 +116,15 @@ def probe_rows(s: Setup, last: Rollout | None) -> list[tuple[list[int], int]]:
         if prompt and completion:
             rows.append((prompt + completion[:PROBE_TOKENS], len(prompt)))
     return rows[:PROBES] or probe_rows(s, None)
+
+
+def refuse_non_finite(model: torch.nn.Module) -> None:
+    """Raises StageError where a weight is no number: what was trained cannot be published."""
+    broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if broken:
+        raise StageError(
+            f"{broken[0]} and {len(broken) - 1} other weights are not finite; nothing was published. Lower optim.lr, and start anew"
+        )
 
 
 def parent_policy(start: models.Start) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from grpo_safe.algorithm.comparison import Comparison
+from grpo_safe.errors import UserError
 from grpo_safe.records import Rollout, Scores
 from grpo_safe.rewards import Objectives
 from grpo_safe.runtime import Runtime
@@ -48,6 +49,7 @@ def step_metrics(
             for figure in ("mean", "low", "holds", "multiplier", "no_spread")
         }
     tokens = max(1.0, update_sums["tokens"])
+    metrics["skipped_updates"] = update_sums["skipped_updates"]
     metrics["loss"] = update_sums["loss"] / update_sums["passes"]
     for figure in ("kl", "ref_kl", "entropy", "ratio", "sampler_gap", "sampler_ratio", "sampler_weight", "sampler_cut"):
         if figure in update_sums and (rollout.sampled or not figure.startswith("sampler_")):
@@ -64,6 +66,16 @@ def step_metrics(
     if "pairs" in update_sums:
         metrics["pair_accuracy"] = update_sums["pair_accuracy"] / max(1.0, update_sums["pairs"])
     return metrics
+
+
+def refuse_unscored(objectives: Objectives, metrics: dict[str, Any], step: int) -> None:
+    """Raises UserError where an objective with a weight scored not one completion of the run's first step: nothing would be trained."""
+    for name, weight in zip(objectives.names, objectives.weights, strict=True):
+        if weight and metrics[f"missing/{name}"] == 1.0:
+            raise UserError(
+                f"objectives.{name}: it scored none of the completions of step {step} (None or NaN for each), so none has a reward; mend its function, or "
+                f"set objectives.{name}.weight=0"
+            )
 
 
 def sample_rows(rollout: Rollout, scores: Scores, advantages: torch.Tensor, wanted: int, rt: Runtime) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo_safe import models
@@ -30,6 +30,7 @@ class Reading:
     fingerprints: list[dict[str, Any]]
     kinds: dict[str, float]  # kind of prompt -> its share of the training prompts
     system_prompt: str | None  # the configured one, and what the method asks beside it
+    notes: list[str]  # what was done to prompts that do not fit as they are
 
 
 def read_prompts(
@@ -38,23 +39,32 @@ def read_prompts(
     """Raises UserError for a prompt that does not fit, and for prompts or a tokenizer that the method cannot use."""
     check_vocabulary_kl(cfg, method)
     from_data = cfg.rollout.engine == "dataset"
-    if tokenizer.eos_token_id is None and ("eos" in method.loss.needs or from_data):
-        asked = "the answers of a data set" if from_data else f"algo={cfg.algo.name}"
-        raise UserError(f"{asked}: it must be known how a completion ends, and {start.name} has no end token")
+    models.check_tokens(tokenizer, config, start)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{start.called}: it must be known how a completion ends, and its tokenizer has no end token; expected eos_token in its tokenizer_config.json"
+        )
     answers = None
     if from_data:
         answers, fingerprints = read_answers(cfg, method, objectives)
         prompts = answers.prompts
     else:
-        prompts, fingerprints = load_prompts(cfg.data, "train")
-    validation = load_prompts(cfg.data, "validation")[0][: cfg.train.eval_prompts] if cfg.train.eval_every else []
+        prompts, fingerprints = load_prompts(cfg.data, "train", cfg.seed)
+    validation = load_prompts(cfg.data, "validation", cfg.seed)[0][: cfg.train.eval_prompts] if cfg.train.eval_every else []
     system_prompt = cfg.policy.system_prompt
     if method.asks_confidence:
         system_prompt = asking(system_prompt, prompts + validation)
     room = models.prompt_room(config, start, cfg.sampling)
-    ids, validation_ids = (encode_prompts(tokenizer, p, system_prompt, room) for p in (prompts, validation))
-    kinds = kind_shares(cfg, method, prompts)
-    return Reading(prompts, ids, validation, validation_ids, answers, fingerprints, kinds, system_prompt)
+    bound = models.prompt_bound(config, cfg.sampling)
+    train, held = (encode_prompts(tokenizer, p, system_prompt, room, cfg.data.overlong, bound) for p in (prompts, validation))
+    if answers is not None:
+        rows = [[replace(row, prompt=p) for row in answers.answers[i]] for p, i in zip(train.prompts, train.kept, strict=True)]
+        answers = Given(train.prompts, rows, answers.left_out)
+    kinds = kind_shares(cfg, method, train.prompts)
+    notes = [f"data.{name}: {note}" for name, part in (("train", train), ("validation", held)) for note in part.notes]
+    return Reading(
+        train.prompts, train.ids, held.prompts, held.ids, answers, fingerprints, kinds, system_prompt, notes
+    )  # fmt: skip
 
 
 def read_answers(cfg: TrainPolicyConfig, method: Method, objectives: Objectives) -> tuple[Given, list[dict[str, Any]]]:
@@ -65,7 +75,7 @@ def read_answers(cfg: TrainPolicyConfig, method: Method, objectives: Objectives)
             f"who wrote a data set's answers; choose a loss that compares answers ({', '.join(sorted(COMPARING_LOSSES))}), such as algo=dpo"
         )
     labelled = cfg.train.scores == "labels"
-    rows, fingerprints = load_answers(cfg.data, labelled)
+    rows, fingerprints = load_answers(cfg.data, labelled, cfg.seed)
     known = {name for row in rows for name in row.labels}
     for name, weight, head in zip(objectives.names, objectives.weights, objectives.heads, strict=True):
         if labelled and head is not None and name not in known and (weight or objectives.moving.get(name)):

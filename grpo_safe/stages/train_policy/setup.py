@@ -20,7 +20,7 @@ from grpo_safe.models.reward_model import RewardModel, open_reward_model
 from grpo_safe.records import Extras
 from grpo_safe.rewards import Objectives, choose_objectives
 from grpo_safe.rewards.card import check_gate
-from grpo_safe.rollout import check_engine, open_engine
+from grpo_safe.rollout import answer_end, check_engine, open_engine
 from grpo_safe.rollout.engine import Engine
 from grpo_safe.runtime import Runtime, Trainable
 from grpo_safe.stages.train_policy.method import Method, build_method
@@ -56,7 +56,8 @@ def set_up(cfg: TrainPolicyConfig, run_dir: Path) -> Setup:
     found = checkpoint.open_version(
         Path(cfg.store), "reward-model", cfg.reward_model, "quick", "reward_model", cfg.reward_model_sha256
     )
-    objectives = choose_objectives(cfg.objectives, [o["name"] for o in found.manifest["objectives"]])
+    heads = found.manifest["objectives"]
+    objectives = choose_objectives(cfg.objectives, [o["name"] for o in heads], {o["name"]: o.get("weight", 1.0) for o in heads})
     weights = dict(zip(objectives.names, objectives.weights, strict=True))
     warnings = check_gate(found.manifest["metrics"], found.name, weights, cfg.reward_model_gate)
     scales = {o["name"]: o["scale"] for o in found.manifest["objectives"]}
@@ -87,6 +88,8 @@ def set_up(cfg: TrainPolicyConfig, run_dir: Path) -> Setup:
     )
     if too_big:
         tracker.say(f"warning: {too_big}")
+    for note in read.notes:
+        tracker.say(note)
     if read.given is not None:
         tracker.say(f"rollout=dataset: {read.given.left_out} prompts with fewer than {cfg.algo.group_size} answers are left out")
     torch.manual_seed(cfg.seed)  # the adapter's first weights are the same on every rank
@@ -101,7 +104,7 @@ def set_up(cfg: TrainPolicyConfig, run_dir: Path) -> Setup:
     forward = policy_forward(policy, cfg.train.packed, critic="values" in method.loss.needs)
     trainable = runtime.prepare(rt, policy, cfg.optim, cfg.policy.dtype == "bfloat16", through=forward)
     extras = Extras(
-        eos=tokenizer.eos_token_id if "eos" in method.loss.needs else None,
+        eos=answer_end(policy, tokenizer) if "eos" in method.loss.needs else None,
         reference_head=reference_head(frozen) if "ref_kl" in method.loss.needs else None,
     )
     moving = None
@@ -111,7 +114,8 @@ def set_up(cfg: TrainPolicyConfig, run_dir: Path) -> Setup:
         cfg.rollout, start, cfg.policy.dtype, cfg.sampling, read.prompt_ids + read.validation_ids, rt.device, tracker.say
     )
     tracker.say(
-        f"train-policy: {start.name}, {len(read.prompts)} prompts, reward model {found.name} ({', '.join(objectives.names)}), "
+        f"train-policy: {start.name}, {len(read.prompts)} prompts of data {cfg.data.name}, reward model {found.name}, weights "
+        f"{', '.join(f'{name} {weight:g}' for name, weight in weights.items())}, {cfg.sampling.max_new_tokens} new tokens, "
         f"launch {cfg.launch.strategy} x {rt.world_size}, system prompt {read.system_prompt!r}"
     )
     return Setup(

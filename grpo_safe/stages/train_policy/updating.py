@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def update(cfg: TrainPolicyConfig, s: Setup, batch: TrainBatch, loss: Loss, step
     per_step = algo.updates_per_rollout * algo.minibatches
     totals: dict[str, torch.Tensor] = {}
     grad_norm = lr = 0.0
+    skipped = 0
     largest_gap = torch.zeros(())
     s.trainable.model.train()
     for number in range(per_step):
@@ -51,11 +53,14 @@ def update(cfg: TrainPolicyConfig, s: Setup, batch: TrainBatch, loss: Loss, step
         o = cfg.optim
         lr = learning_rate(optimizer_step, cfg.train.steps * per_step, o.lr, o.schedule, o.warmup, o.min_lr)
         grad_norm = s.trainable.step(lr)
+        skipped += not math.isfinite(grad_norm)
     totals["tokens"] = batch.completion_mask.sum().float().cpu() * algo.updates_per_rollout
     totals["sequences"] = (batch.completion_mask.sum(1) > 0).sum().float().cpu() * algo.updates_per_rollout
     totals["passes"] = torch.tensor(float(per_step)) / rt.world_size
     summed = rt.sum(torch.stack([totals[name] for name in sorted(totals)]))
-    figures = dict(zip(sorted(totals), summed.tolist(), strict=True)) | {"sampler_gap_max": max(rt.gather(float(largest_gap)))}
+    figures = dict(zip(sorted(totals), summed.tolist(), strict=True)) | {
+        "sampler_gap_max": max(rt.gather(float(largest_gap))), "skipped_updates": float(skipped),
+    }  # fmt: skip
     return figures, grad_norm, lr
 
 
