@@ -23,6 +23,7 @@ from grpo_safe.algorithm.regression import LabelCounts, bradley_terry, masked_ms
 from grpo_safe.algorithm.schedule import learning_rate
 from grpo_safe.algorithm.statistics import affine_fit
 from grpo_safe.config import TrainRMConfig
+from grpo_safe.data.leakage import unseen_rows
 from grpo_safe.data.rows import load_rows
 from grpo_safe.data.text import ScoringInput, encode_for_scoring, formatter_of
 from grpo_safe.errors import StageError, UserError
@@ -63,6 +64,7 @@ def run(cfg: TrainRMConfig, run_dir: Path) -> None:
     torch.manual_seed(cfg.seed)
     names = list(cfg.data.objectives)
     train_rows, validation_rows = load_rows(cfg.data, cfg.seed)
+    validation_rows, leaked = unseen_rows(train_rows, validation_rows)
     start = models.resolve_start(cfg.backbone.start, cfg.backbone.revision, cfg.backbone.trust_remote_code, "backbone.start")
     tokenizer = models.load_tokenizer(start)
     readable = models.context_length(models.load_config(start))
@@ -78,6 +80,8 @@ def run(cfg: TrainRMConfig, run_dir: Path) -> None:
     loaded = replace(cfg.backbone, dtype="float32") if master else cfg.backbone
     scorer = Scorer(models.load_backbone(start, loaded, names, tokenizer.pad_token_id), len(names))
     trainable = runtime.prepare(rt, scorer, cfg.optim, cfg.backbone.dtype == "bfloat16")
+    if leaked:
+        tracker.say(f"warning: {leaked}")
     tracker.say(
         f"train-rm: {len(train)} rows of data {cfg.data.name}, {len(validation)} for validation, objectives {', '.join(names)}, backbone {start.name}"
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from grpo_safe import models
 from grpo_safe.config import TrainPolicyConfig
+from grpo_safe.data.leakage import unseen_prompts
 from grpo_safe.data.rows import load_answers, load_prompts
 from grpo_safe.data.text import encode_prompts
 from grpo_safe.errors import UserError
@@ -30,6 +31,7 @@ class Reading:
     fingerprints: list[dict[str, Any]]
     kinds: dict[str, float]  # kind of prompt -> its share of the training prompts
     system_prompt: str | None  # the configured one, and what the method asks beside it
+    leaked: str | None = None  # a sentence, where prompts of validation were left out as training has them too
 
 
 def read_prompts(
@@ -47,14 +49,17 @@ def read_prompts(
         prompts = answers.prompts
     else:
         prompts, fingerprints = load_prompts(cfg.data, "train")
-    validation = load_prompts(cfg.data, "validation")[0][: cfg.train.eval_prompts] if cfg.train.eval_every else []
+    validation, leaked = [], None
+    if cfg.train.eval_every:
+        validation, leaked = unseen_prompts(prompts, load_prompts(cfg.data, "validation")[0], "data.validation")
+        validation = validation[: cfg.train.eval_prompts]
     system_prompt = cfg.policy.system_prompt
     if method.asks_confidence:
         system_prompt = asking(system_prompt, prompts + validation)
     room = models.prompt_room(config, start, cfg.sampling)
     ids, validation_ids = (encode_prompts(tokenizer, p, system_prompt, room) for p in (prompts, validation))
     kinds = kind_shares(cfg, method, prompts)
-    return Reading(prompts, ids, validation, validation_ids, answers, fingerprints, kinds, system_prompt)
+    return Reading(prompts, ids, validation, validation_ids, answers, fingerprints, kinds, system_prompt, leaked)
 
 
 def read_answers(cfg: TrainPolicyConfig, method: Method, objectives: Objectives) -> tuple[Given, list[dict[str, Any]]]:

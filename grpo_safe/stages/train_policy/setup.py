@@ -80,6 +80,8 @@ def set_up(cfg: TrainPolicyConfig, run_dir: Path) -> Setup:
     tracker = Tracker(cfg.tracking, run_dir, asdict(cfg), rt.is_main)
     for warning in warnings:
         tracker.say(f"warning (reward_model_gate=warn): {warning}")
+    if read.leaked:
+        tracker.say(f"warning: {read.leaked}")
     too_big = memory_warning(
         cfg, rt, config, models.weight_bytes_of(found.path) / 1e9, max(map(len, read.prompt_ids)), method.uses_reference
     )
