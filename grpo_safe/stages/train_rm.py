@@ -65,6 +65,9 @@ def run(cfg: TrainRMConfig, run_dir: Path) -> None:
     names = list(cfg.data.objectives)
     train_rows, validation_rows = load_rows(cfg.data, cfg.seed)
     validation_rows, leaked = unseen_rows(train_rows, validation_rows)
+    files = {"train": train_rows.fingerprints, "validation": validation_rows.fingerprints}
+    if cfg.resume:
+        resume.refuse_changed_data(run_dir, files)
     start = models.resolve_start(cfg.backbone.start, cfg.backbone.revision, cfg.backbone.trust_remote_code, "backbone.start")
     tokenizer = models.load_tokenizer(start)
     readable = models.context_length(models.load_config(start))
@@ -80,6 +83,8 @@ def run(cfg: TrainRMConfig, run_dir: Path) -> None:
     loaded = replace(cfg.backbone, dtype="float32") if master else cfg.backbone
     scorer = Scorer(models.load_backbone(start, loaded, names, tokenizer.pad_token_id), len(names))
     trainable = runtime.prepare(rt, scorer, cfg.optim, cfg.backbone.dtype == "bfloat16")
+    if rt.is_main and not cfg.resume:
+        resume.note_data(run_dir, files)
     if leaked:
         tracker.say(f"warning: {leaked}")
     tracker.say(

@@ -31,7 +31,8 @@ class Reading:
     fingerprints: list[dict[str, Any]]
     kinds: dict[str, float]  # kind of prompt -> its share of the training prompts
     system_prompt: str | None  # the configured one, and what the method asks beside it
-    leaked: str | None = None  # a sentence, where prompts of validation were left out as training has them too
+    validation_fingerprints: list[dict[str, Any]]
+    leaked: str | None  # a sentence, where prompts of validation were left out as training has them too
 
 
 def read_prompts(
@@ -49,9 +50,11 @@ def read_prompts(
         prompts = answers.prompts
     else:
         prompts, fingerprints = load_prompts(cfg.data, "train")
-    validation, leaked = [], None
+    validation: list[Prompt] = []
+    leaked, judging_files = None, []
     if cfg.train.eval_every:
-        validation, leaked = unseen_prompts(prompts, load_prompts(cfg.data, "validation")[0], "data.validation")
+        validation, judging_files = load_prompts(cfg.data, "validation")
+        validation, leaked = unseen_prompts(prompts, validation, "data.validation")
         validation = validation[: cfg.train.eval_prompts]
     system_prompt = cfg.policy.system_prompt
     if method.asks_confidence:
@@ -59,7 +62,7 @@ def read_prompts(
     room = models.prompt_room(config, start, cfg.sampling)
     ids, validation_ids = (encode_prompts(tokenizer, p, system_prompt, room) for p in (prompts, validation))
     kinds = kind_shares(cfg, method, prompts)
-    return Reading(prompts, ids, validation, validation_ids, answers, fingerprints, kinds, system_prompt, leaked)
+    return Reading(prompts, ids, validation, validation_ids, answers, fingerprints, kinds, system_prompt, judging_files, leaked)
 
 
 def read_answers(cfg: TrainPolicyConfig, method: Method, objectives: Objectives) -> tuple[Given, list[dict[str, Any]]]:

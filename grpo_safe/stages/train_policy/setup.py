@@ -24,7 +24,7 @@ from grpo_safe.runtime import Runtime, Trainable
 from grpo_safe.stages.train_policy.method import Method, build_method
 from grpo_safe.stages.train_policy.reading import Reading, read_prompts
 from grpo_safe.tracking import Tracker
-from grpo_safe.versions import checkpoint
+from grpo_safe.versions import checkpoint, resume
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,9 @@ def set_up(cfg: TrainPolicyConfig, run_dir: Path) -> Setup:
     config = models.load_config(start)
     check_engine(cfg.rollout, config, runtime.on_gpu(cfg.launch))
     read = read_prompts(cfg, method, objectives, start, tokenizer, config)
+    files = {"train": read.fingerprints, "validation": read.validation_fingerprints}
+    if cfg.resume:
+        resume.refuse_changed_data(run_dir, files)
     checkpoint.require_room(Path(cfg.store), 2 * models.weight_bytes(start) + 10**7, "a policy")
 
     rt = runtime.start(cfg.launch, cfg.optim.max_grad_norm, cfg.policy.dtype == "bfloat16")
@@ -78,6 +81,8 @@ def set_up(cfg: TrainPolicyConfig, run_dir: Path) -> Setup:
             f"train.prompts_per_step={cfg.train.prompts_per_step} does not divide by {rt.world_size} processes (launch.processes)"
         )
     tracker = Tracker(cfg.tracking, run_dir, asdict(cfg), rt.is_main)
+    if rt.is_main and not cfg.resume:
+        resume.note_data(run_dir, files)
     for warning in warnings:
         tracker.say(f"warning (reward_model_gate=warn): {warning}")
     if read.leaked:
