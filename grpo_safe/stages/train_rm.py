@@ -21,7 +21,7 @@ from grpo_safe import models, runtime
 from grpo_safe.algorithm.order import derived_seed, rows_of_step
 from grpo_safe.algorithm.regression import LabelCounts, bradley_terry, masked_mse
 from grpo_safe.algorithm.schedule import learning_rate
-from grpo_safe.algorithm.statistics import affine_fit
+from grpo_safe.algorithm.statistics import affine_fit, collapsed
 from grpo_safe.config import TrainRMConfig
 from grpo_safe.data.leakage import unseen_rows
 from grpo_safe.data.rows import load_rows
@@ -29,7 +29,7 @@ from grpo_safe.data.text import ScoringInput, encode_for_scoring, formatter_of
 from grpo_safe.errors import StageError, UserError
 from grpo_safe.models.reward_model import collate, token_batches
 from grpo_safe.records import LabelledRow, Row
-from grpo_safe.rewards.card import Judged, reward_model_card, show_card, write_card
+from grpo_safe.rewards.card import COLLAPSED_MEANS, Judged, reward_model_card, show_card, write_card
 from grpo_safe.runtime import Runtime, Trainable
 from grpo_safe.tracking import Tracker
 from grpo_safe.versions import checkpoint, resume
@@ -252,10 +252,14 @@ def calibrations(names: list[str], half: list[Example], scores: list[np.ndarray]
     """Slope and offset [K] per head with labels; a head with pairs only keeps its relative scale."""
     slope, offset = np.ones(len(names)), np.zeros(len(names))
     for k in range(len(names)):
-        rows = [(s[0, k], float(e.labels[k])) for e, s in zip(half, scores, strict=True) if e.mask[k] > 0]
-        if rows:
+        if rows := labelled_scores(k, half, scores):
             slope[k], offset[k] = affine_fit(*np.array(rows).T)
     return slope, offset
+
+
+def labelled_scores(k: int, half: list[Example], scores: list[np.ndarray]) -> list[tuple[float, float]]:
+    """(raw score, label) of head k, of the rows that have its label."""
+    return [(s[0, k], float(e.labels[k])) for e, s in zip(half, scores, strict=True) if e.mask[k] > 0]
 
 
 def publish(
@@ -278,6 +282,10 @@ def publish(
     judged = [Judged(e.row, s * slope + offset, sum(len(i.ids) for i in e.inputs)) for e, s in zip(*judging, strict=True)]
     binary = [o.binary for o in cfg.data.objectives.values()]
     card = reward_model_card(names, binary, judged, cfg.train.bootstrap, cfg.seed)
+    for k, name in enumerate(names):
+        if (rows := labelled_scores(k, *half)) and collapsed(*np.array(rows).T):
+            card["objectives"][name]["collapsed"] = True
+            tracker.say(f"warning: head {name} is collapsed: {COLLAPSED_MEANS}")
     labelled = {name for e in half[0] + judging[0] if isinstance(e.row, LabelledRow) for name in e.row.labels}
     objectives = [
         {

@@ -51,7 +51,8 @@ def read_prompts(
     else:
         prompts, fingerprints = load_prompts(cfg.data, "train")
     validation: list[Prompt] = []
-    leaked, judging_files = None, []
+    judging_files: list[dict[str, Any]] = []
+    leaked = None
     if cfg.train.eval_every:
         validation, judging_files = load_prompts(cfg.data, "validation")
         validation, leaked = unseen_prompts(prompts, validation, "data.validation")
