@@ -74,7 +74,10 @@ def run(cfg: TrainRMConfig, run_dir: Path) -> None:
     if cfg.backbone.max_length > readable:
         raise UserError(f"backbone.max_length={cfg.backbone.max_length}: {start.name} reads {readable} tokens")
     checkpoint.require_room(Path(cfg.store), 2 * models.weight_bytes(start) + 10**7, "a reward model")
-    train, validation = (encode(split.rows, tokenizer, names, cfg.backbone.max_length) for split in (train_rows, validation_rows))
+    train, said = read_whole(encode(train_rows.rows, tokenizer, names, cfg.backbone.max_length), tokenizer, cfg, "data.train")
+    validation, said_too = read_whole(
+        encode(validation_rows.rows, tokenizer, names, cfg.backbone.max_length), tokenizer, cfg, "data.validation"
+    )
 
     rt = runtime.start(cfg.launch, cfg.optim.max_grad_norm, cfg.backbone.dtype == "bfloat16")
     tracker = Tracker(cfg.tracking, run_dir, asdict(cfg), rt.is_main)
@@ -85,8 +88,8 @@ def run(cfg: TrainRMConfig, run_dir: Path) -> None:
     trainable = runtime.prepare(rt, scorer, cfg.optim, cfg.backbone.dtype == "bfloat16")
     if rt.is_main and not cfg.resume:
         resume.note_data(run_dir, files)
-    if leaked:
-        tracker.say(f"warning: {leaked}")
+    for warning in (*said, *said_too, *([leaked] if leaked else [])):
+        tracker.say(f"warning: {warning}")
     tracker.say(
         f"train-rm: {len(train)} rows of data {cfg.data.name}, {len(validation)} for validation, objectives {', '.join(names)}, backbone {start.name}"
     )
@@ -218,6 +221,52 @@ def encode(rows: list[Row], tokenizer: Any, names: list[str], max_length: int) -
         inputs = [encode_for_scoring(tokenizer, row.prompt, text, max_length) for text in texts]
         examples.append(Example(row, inputs, labels, mask, head))
     return examples
+
+
+def read_whole(examples: list[Example], tokenizer: Any, cfg: TrainRMConfig, key: str) -> tuple[list[Example], list[str]]:
+    """The examples that say something as the model reads them, and sentences on what is left out and what was cut.
+
+    A pair whose inputs are the same tokens, and an answer of which no token is left, teach nothing. Raises UserError where they are most
+    rows, or where nothing is left of an objective.
+    """
+    kept = [e for e in examples if not (_alike(e) or _empty(e, tokenizer))]
+    left_out = len(examples) - len(kept)
+    limit = f"backbone.max_length={cfg.backbone.max_length}"
+    said = []
+    if left_out:
+        pairs = sum(map(_alike, examples))
+        said.append(
+            f"{key}: {left_out} of {len(examples)} rows say nothing as the model reads them at {limit} ({pairs} pairs whose answers are the "
+            f"same tokens, {left_out - pairs} answers without a token); they are left out"
+        )
+        lost = _taught(examples, cfg) - _taught(kept, cfg)
+        if 2 * left_out > len(examples) or lost:
+            raise UserError(
+                f"{said[0]}: {'no row is left for ' + ', '.join(sorted(lost)) if lost else 'these are most'}; raise backbone.max_length, "
+                "shorten the answers, or choose a backbone whose tokenizer reads them"
+            )
+    inputs = [i for e in kept for i in e.inputs]
+    cut = sum(i.cut > 0 or len(i.ids) >= cfg.backbone.max_length for i in inputs)
+    if cut:
+        said.append(f"{key}: {cut} of {len(inputs)} inputs fill {limit} or were cut to it, the prompt's left side first")
+    return kept, said
+
+
+def _alike(example: Example) -> bool:
+    return len(example.inputs) == 2 and example.inputs[0].ids == example.inputs[1].ids
+
+
+def _empty(example: Example, tokenizer: Any) -> bool:
+    """Whether no token is left of an answer: controls and blanks, which some tokenizers drop (letters and digits none)."""
+    row = example.row
+    texts = [row.response] if isinstance(row, LabelledRow) else [row.chosen, row.rejected]
+    rare = [text for text in texts if not any(map(str.isalnum, text))]
+    return not _alike(example) and any(not tokenizer(text, add_special_tokens=False)["input_ids"] for text in rare)
+
+
+def _taught(examples: list[Example], cfg: TrainRMConfig) -> set[str]:
+    """The objectives that have a label or a pair."""
+    return {name for k, name in enumerate(cfg.data.objectives) if any(e.head == k or e.mask[k] > 0 for e in examples)}
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------
