@@ -14,7 +14,7 @@ from scipy.stats import bootstrap as scipy_bootstrap
 from scipy.stats import rankdata
 
 Array = np.ndarray
-COLLAPSED = 5e-5  # spread of predictions, as a share of the labels'
+COLLAPSED = 1e-5  # spread of predictions, as a share of the labels'
 
 
 @dataclass(frozen=True)
