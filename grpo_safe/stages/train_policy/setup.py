@@ -83,17 +83,10 @@ def set_up(cfg: TrainPolicyConfig, run_dir: Path) -> Setup:
     tracker = Tracker(cfg.tracking, run_dir, asdict(cfg), rt.is_main)
     if rt.is_main and not cfg.resume:
         resume.note_data(run_dir, files)
-    for warning in warnings:
-        tracker.say(f"warning (reward_model_gate=warn): {warning}")
-    if read.leaked:
-        tracker.say(f"warning: {read.leaked}")
     too_big = memory_warning(
         cfg, rt, config, models.weight_bytes_of(found.path) / 1e9, max(map(len, read.prompt_ids)), method.uses_reference
     )
-    if too_big:
-        tracker.say(f"warning: {too_big}")
-    if read.given is not None:
-        tracker.say(f"rollout=dataset: {read.given.left_out} prompts with fewer than {cfg.algo.group_size} answers are left out")
+    say_warnings(cfg, tracker, warnings, too_big, read)
     torch.manual_seed(cfg.seed)  # the adapter's first weights are the same on every rank
     reward_model = open_reward_model(found, rt.device, cfg.reward_model_dtype)
     frozen = frozen_reference(cfg, rt, method, start)
@@ -123,6 +116,17 @@ def set_up(cfg: TrainPolicyConfig, run_dir: Path) -> Setup:
     return Setup(
         rt, tracker, start, tokenizer, trainable, forward, engine, frozen, moving, found, reward_model, objectives, method, config, extras, read,
     )  # fmt: skip
+
+
+def say_warnings(cfg: TrainPolicyConfig, tracker: Tracker, gate: list[str], too_big: str | None, read: Reading) -> None:
+    """What was found before the loop and does not stop it."""
+    for warning in gate:
+        tracker.say(f"warning (reward_model_gate=warn): {warning}")
+    for found in (read.leaked, too_big):
+        if found:
+            tracker.say(f"warning: {found}")
+    if read.given is not None:
+        tracker.say(f"rollout=dataset: {read.given.left_out} prompts with fewer than {cfg.algo.group_size} answers are left out")
 
 
 def reference_head(frozen: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
