@@ -96,7 +96,7 @@ class DataConfig:
     name: str = MISSING
     licence: str = MISSING  # goes into the manifest of what is trained on it
     train: Any = (
-        MISSING  # one source or a list: PATH.jsonl[.gz] | PATH.csv | PATH.parquet | hub:OWNER/NAME:SPLIT | embedded:SPLIT
+        MISSING  # one source or a list: PATH (.jsonl .json .csv .tsv .parquet) | FOLDER | hub:OWNER/NAME:SPLIT | embedded:SPLIT
     )
     validation: Any = None  # null: validation_fraction of the train prompts
     heldout: Any = None  # eval's prompts; null: the validation prompts

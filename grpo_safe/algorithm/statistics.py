@@ -15,6 +15,7 @@ from scipy.stats import rankdata
 from scipy.stats import t as student
 
 Array = np.ndarray
+COLLAPSED = 1e-5  # spread of predictions, as a share of the labels'
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,19 @@ def pair_accuracy(margin: Array) -> float:
     return float(np.mean((margin > 0) + 0.5 * (margin == 0)))
 
 
+def collapsed(predicted: Array, label: Array) -> bool:
+    """Whether predictions hardly differ where labels do: stretching them by 1 / COLLAPSED would show rounding noise as scores."""
+    return float(np.std(predicted)) < COLLAPSED * float(np.std(label))
+
+
 def affine_fit(predicted: Array, label: Array) -> tuple[float, float]:
     """Least-squares (slope, offset) of label on prediction, slope > 0; where the fit has none, slope 1 and the means made equal.
 
+    Predictions that hardly differ (`collapsed`) have none either, which bounds the slope by 1 / COLLAPSED.
     A head that runs against its labels keeps its direction, for the gate to refuse: turning it round here would let noise pass.
     """
-    variance = float(np.var(predicted)) if len(predicted) > 2 and np.ptp(predicted) > 0 else 0.0
+    usable = len(predicted) > 2 and np.ptp(predicted) > 0 and not collapsed(predicted, label)
+    variance = float(np.var(predicted)) if usable else 0.0
     slope = float(np.mean((predicted - predicted.mean()) * (label - label.mean()))) / variance if variance > 0 else 0.0
     if slope <= 0:
         return 1.0, float(label.mean() - predicted.mean())

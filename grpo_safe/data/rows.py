@@ -8,7 +8,7 @@ import json
 import math
 import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module, resources
 from pathlib import Path
@@ -16,12 +16,14 @@ from typing import Any, TypeGuard
 from urllib.parse import parse_qs
 
 from grpo_safe.config import ColumnsConfig, DataConfig, DataObjectiveConfig
+from grpo_safe.data.tables import array_rows, delimited_rows, is_saved, open_saved
 from grpo_safe.errors import UserError
 from grpo_safe.records import LabelledRow, Message, PreferenceRow, Prompt, Row
 
 ROLES = ("system", "user", "assistant", "tool")
 # What a message may hold beside its content that a chat template would show: dropping it would change what was said.
 MEANT = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking", "images", "audio", "refusal")
+KINDS = ".jsonl, .json, .csv, .tsv (each also .gz), .parquet, or a folder of Dataset.save_to_disk"
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def load_answers(spec: DataConfig, labelled: bool, seed: int = 0) -> tuple[list[
     """
     fingerprints: list[dict[str, Any]] = []
     answers: list[LabelledRow] = []
-    for where, raw, prompt in _rows_of_split(spec, "train", fingerprints):
+    for where, raw, prompt in _rows_of_split(spec, "train", fingerprints, _label_columns(spec) if labelled else ()):
         if labelled:
             row = _row(raw, spec, where)
             if isinstance(row, PreferenceRow):
@@ -110,7 +112,7 @@ def _texts(raw: dict[str, Any], columns: ColumnsConfig, where: str) -> list[str]
 
 
 def _rows_of_split(
-    spec: DataConfig, split: str, fingerprints: list[dict[str, Any]]
+    spec: DataConfig, split: str, fingerprints: list[dict[str, Any]], labels: Collection[str] = ()
 ) -> Iterator[tuple[str, dict[str, Any], Prompt]]:
     """(where, row, prompt) of a split; fingerprints fills up on the way."""
     source, held_back = spec.train, None
@@ -125,7 +127,7 @@ def _rows_of_split(
         held_back = False
     key, empty = f"data.{split}", True
     for path in _as_list(source, key):
-        fingerprint, numbered = _open_source(path, key)
+        fingerprint, numbered = _open_source(path, key, labels)
         fingerprints.append(fingerprint)
         for where, raw in numbered:
             for row in _canonical(raw, spec.row_function, where):
@@ -158,7 +160,7 @@ def _read_rows(spec: DataConfig, sources: Any, key: str) -> Split:
     rows: list[Row] = []
     fingerprints = []
     for source in _as_list(sources, key):
-        fingerprint, numbered = _open_source(source, key)
+        fingerprint, numbered = _open_source(source, key, _label_columns(spec))
         before = len(rows)
         for where, raw in numbered:
             for row in _canonical(raw, spec.row_function, where):
@@ -192,6 +194,10 @@ def _row(raw: dict[str, Any], spec: DataConfig, where: str) -> Row:
 def _told_apart(prompt: Prompt, answer: str) -> Prompt:
     """Rows without a prompt share nothing: each is a prompt of its own, or all would fall into one half of every split."""
     return prompt if prompt.text.strip() else replace(prompt, id=hashlib.sha256(answer.encode()).hexdigest()[:16])
+
+
+def _label_columns(spec: DataConfig) -> set[str]:
+    return {objective.column or name for name, objective in spec.objectives.items()}
 
 
 def _labels(
@@ -338,29 +344,34 @@ def _canonical(raw: Any, row_function: str | None, where: str) -> list[dict[str,
     return rows
 
 
-def _open_source(source: str, key: str) -> tuple[dict[str, Any], Iterator[tuple[str, Any]]]:
+def _open_source(source: str, key: str, labels: Collection[str] = ()) -> tuple[dict[str, Any], Iterator[tuple[str, Any]]]:
+    """Fingerprint and (where, row) of a source; `labels` are the columns that hold numbers, where the file cannot say so itself."""
     if source.startswith("hub:"):
         return _open_hub(source, key)
     if source.startswith("embedded:"):
         path = Path(str(resources.files("grpo_safe").joinpath("embedded", f"{source.removeprefix('embedded:')}.jsonl")))
     else:
         path = Path(source)
+    if is_saved(path):
+        return open_saved(path, source, key)
     if not path.is_file():
-        raise UserError(f"{key}={source}: no such file; expected .jsonl, .jsonl.gz, .csv or .parquet")
+        raise UserError(f"{key}={source}: no such file; expected {KINDS}")
     fingerprint = {"source": source, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     name = path.name.removesuffix(".gz")
     if name.endswith((".jsonl", ".json")):
-        return fingerprint, _json_lines(path)
-    if name.endswith((".csv", ".parquet")):
+        rows = array_rows(path) if name.endswith(".json") else None
+        return fingerprint, rows if rows is not None else _json_lines(path)
+    if name.endswith((".csv", ".tsv")):
+        return fingerprint, delimited_rows(path, source, key, labels)
+    if name.endswith(".parquet"):
         from datasets import Dataset
 
-        reader = Dataset.from_csv if name.endswith(".csv") else Dataset.from_parquet
         try:
-            table = reader(str(path))
+            table = Dataset.from_parquet(str(path))
         except Exception as error:  # the readers raise many kinds
             raise UserError(f"{key}={source}: cannot be read ({_reason(error)})") from error
         return fingerprint, ((f"{source} row {n}", row) for n, row in enumerate(table, 1))
-    raise UserError(f"{key}={source}: unknown kind of file; expected .jsonl, .jsonl.gz, .csv or .parquet")
+    raise UserError(f"{key}={source}: unknown kind of file; expected {KINDS}")
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:

@@ -16,6 +16,7 @@ from grpo_safe.errors import UserError
 from grpo_safe.records import LabelledRow, PreferenceRow, Row
 
 CALIBRATION_BINS = 10
+COLLAPSED_MEANS = f"its raw scores spread less than {st.COLLAPSED:g} of its labels' spread: it says the same of every answer"
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,15 @@ def _label_figures(k: int, binary: bool, rows: list[tuple[Judged, float]], resam
 
 
 def gate(card: dict[str, Any], weights: dict[str, float]) -> list[str]:
-    """A sentence per used head that is not shown to be better than guessing: R2 lower bound at or below 0, or with pairs
-    only, pair accuracy lower bound at or below 0.5."""
+    """A sentence per used head that is collapsed (its raw scores hardly differ), or not shown to be better than guessing: R2 lower
+    bound at or below 0, or with pairs only, pair accuracy lower bound at or below 0.5."""
     problems = []
     for name, weight in weights.items():
         entry = card["objectives"].get(name)
         if entry is None or weight == 0:
+            continue
+        if entry.get("collapsed"):
+            problems.append(f"head {name}: collapsed, {COLLAPSED_MEANS}")
             continue
         figure, floor = ("r2", 0.0) if entry["n"] else ("pair_accuracy", 0.5)
         value = entry.get(figure)
@@ -143,6 +147,7 @@ def write_card(path: Path, card: dict[str, Any], manifest: dict[str, Any]) -> No
         "| objective | n | R2 | Spearman | MSE | AUC | ECE | pairs | pair accuracy | length corr. |",
         "|---|---|---|---|---|---|---|---|---|---|",
         *("| " + " | ".join(row) + " |" for row in _rows(card)),
+        *(f"\nHead {name} is collapsed: {COLLAPSED_MEANS}." for name, e in card["objectives"].items() if e.get("collapsed")),
         "", "## Correlation between heads", "",
         "| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|",
         *(f"| {name} | " + " | ".join("-" if v is None else f"{v:.2f}" for v in row) + " |"

@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from grpo_safe import models, runtime
 from grpo_safe.algorithm.rates import mcnemar, rate, rate_difference
 from grpo_safe.algorithm.statistics import mean_interval
-from grpo_safe.config import EvalConfig, SamplingConfig
+from grpo_safe.config import DataConfig, EvalConfig, SamplingConfig
+from grpo_safe.data.leakage import unseen_prompts
 from grpo_safe.data.rows import load_prompts
 from grpo_safe.data.text import encode_prompts
+from grpo_safe.errors import UserError
 from grpo_safe.judges.refusal import refuses
 from grpo_safe.models.reward_model import open_reward_model, score_texts
 from grpo_safe.records import Prompt
@@ -49,7 +53,7 @@ def run(cfg: EvalConfig, run_dir: Path) -> None:
     policy_version = checkpoint.open_version(store, "policy", cfg.policy, "quick", "policy", cfg.policy_sha256)
     judge = str(cfg.reward_model)
     judge_version = checkpoint.open_version(store, "reward-model", judge, "quick", "reward_model", cfg.reward_model_sha256)
-    prompts = load_prompts(cfg.data, "heldout", cfg.seed)[0][: cfg.eval.prompts]
+    prompts, leaked = heldout_prompts(cfg, policy_version)
     base, trusted = policy_version.manifest["base"], cfg.trust_remote_code
     start = models.resolve_start(base["start"], base["revision"], trusted, "policy's start")
     folder = str(policy_version.path)
@@ -70,6 +74,8 @@ def run(cfg: EvalConfig, run_dir: Path) -> None:
     for note in read.notes:
         tracker.say(f"data.heldout: {note}")
     tracker.say(f"eval: policy {policy_version.name} against {start.name} on {len(prompts)} prompts, judge {judge_version.name}")
+    if leaked:
+        tracker.say(f"warning: {leaked}")
     if dtype != cfg.dtype:
         tracker.say(
             f"dtype={cfg.dtype}: both policies are compared in {dtype}, as {cfg.dtype} would round the merged adapter away"
@@ -98,6 +104,28 @@ def run(cfg: EvalConfig, run_dir: Path) -> None:
         tracker.say(f"report {run_dir / 'report.md'}")
     rt.barrier()
     tracker.close()
+
+
+def heldout_prompts(cfg: EvalConfig, policy: checkpoint.Version) -> tuple[list[Prompt], str | None]:
+    """The held-out prompts that the policy was not trained on, and a sentence where some were, or where nobody can tell.
+
+    The policy's own training data is read again, as its manifest describes it. Raises UserError where no prompt is left.
+    """
+    prompts = load_prompts(cfg.data, "heldout", cfg.seed)[0]
+    trained = OmegaConf.select(OmegaConf.create(policy.manifest["config"]), "data")
+    if trained is None:
+        return prompts[: cfg.eval.prompts], None
+    try:
+        data: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), trained))
+        seen, files = load_prompts(data, "train")
+    except (UserError, OmegaConfBaseException) as error:
+        return prompts[: cfg.eval.prompts], f"whether the policy was trained on held-out prompts was not checked: {error}"
+    kept, leaked = unseen_prompts(seen, prompts, "data.heldout")
+    hashes = {f["source"]: f.get("sha256") for f in policy.manifest["data"]["files"]}
+    changed = [f["source"] for f in files if hashes.get(f["source"], f.get("sha256")) != f.get("sha256")]
+    if changed and not leaked:
+        leaked = f"{changed[0]} is not the file any more that the policy was trained on: held-out prompts were compared with what it holds now"
+    return kept[: cfg.eval.prompts], leaked
 
 
 def sampling_of(cfg: EvalConfig) -> SamplingConfig:

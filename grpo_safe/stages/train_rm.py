@@ -21,14 +21,15 @@ from grpo_safe import models, runtime
 from grpo_safe.algorithm.order import derived_seed, rows_of_step
 from grpo_safe.algorithm.regression import LabelCounts, bradley_terry, masked_mse
 from grpo_safe.algorithm.schedule import learning_rate
-from grpo_safe.algorithm.statistics import affine_fit
+from grpo_safe.algorithm.statistics import affine_fit, collapsed
 from grpo_safe.config import TrainRMConfig
+from grpo_safe.data.leakage import unseen_rows
 from grpo_safe.data.rows import load_rows
 from grpo_safe.data.text import ScoringInput, encode_for_scoring, formatter_of
 from grpo_safe.errors import StageError, UserError
 from grpo_safe.models.reward_model import collate, open_classifier, token_batches
 from grpo_safe.records import LabelledRow, Row
-from grpo_safe.rewards.card import Judged, reward_model_card, show_card, write_card
+from grpo_safe.rewards.card import COLLAPSED_MEANS, Judged, reward_model_card, show_card, write_card
 from grpo_safe.runtime import Runtime, Trainable
 from grpo_safe.tracking import Tracker
 from grpo_safe.versions import checkpoint, resume
@@ -66,6 +67,10 @@ def run(cfg: TrainRMConfig, run_dir: Path) -> None:
     torch.manual_seed(cfg.seed)
     names = list(cfg.data.objectives)
     train_rows, validation_rows = load_rows(cfg.data, cfg.seed)
+    validation_rows, leaked = unseen_rows(train_rows, validation_rows)
+    files = {"train": train_rows.fingerprints, "validation": validation_rows.fingerprints}
+    if cfg.resume:
+        resume.refuse_changed_data(run_dir, files)
     start = models.resolve_start(cfg.backbone.start, cfg.backbone.revision, cfg.backbone.trust_remote_code, "backbone.start")
     tokenizer = models.load_tokenizer(start)
     config = models.load_config(start)
@@ -75,7 +80,10 @@ def run(cfg: TrainRMConfig, run_dir: Path) -> None:
     if cfg.backbone.max_length > readable:
         raise UserError(f"backbone.max_length={cfg.backbone.max_length}: {start.name} reads {readable} tokens")
     checkpoint.require_room(Path(cfg.store), 2 * models.weight_bytes(start) + 10**7, "a reward model")
-    train, validation = (encode(split.rows, tokenizer, names, cfg.backbone.max_length) for split in (train_rows, validation_rows))
+    train, said = read_whole(encode(train_rows.rows, tokenizer, names, cfg.backbone.max_length), tokenizer, cfg, "data.train")
+    validation, said_too = read_whole(
+        encode(validation_rows.rows, tokenizer, names, cfg.backbone.max_length), tokenizer, cfg, "data.validation"
+    )
 
     rt = runtime.start(cfg.launch, cfg.optim.max_grad_norm, cfg.backbone.dtype == "bfloat16")
     tracker = Tracker(cfg.tracking, run_dir, asdict(cfg), rt.is_main)
@@ -84,6 +92,10 @@ def run(cfg: TrainRMConfig, run_dir: Path) -> None:
     loaded = replace(cfg.backbone, dtype="float32") if master else cfg.backbone
     scorer = Scorer(models.load_backbone(start, loaded, names, tokenizer.pad_token_id), len(names))
     trainable = runtime.prepare(rt, scorer, cfg.optim, cfg.backbone.dtype == "bfloat16")
+    if rt.is_main and not cfg.resume:
+        resume.note_data(run_dir, files)
+    for warning in (*said, *said_too, *([leaked] if leaked else [])):
+        tracker.say(f"warning: {warning}")
     tracker.say(
         f"train-rm: {len(train)} rows of data {cfg.data.name}, {len(validation)} for validation, objectives {', '.join(names)}, backbone {start.name}"
     )
@@ -217,6 +229,52 @@ def encode(rows: list[Row], tokenizer: Any, names: list[str], max_length: int) -
     return examples
 
 
+def read_whole(examples: list[Example], tokenizer: Any, cfg: TrainRMConfig, key: str) -> tuple[list[Example], list[str]]:
+    """The examples that say something as the model reads them, and sentences on what is left out and what was cut.
+
+    A pair whose inputs are the same tokens, and an answer of which no token is left, teach nothing. Raises UserError where they are most
+    rows, or where nothing is left of an objective.
+    """
+    kept = [e for e in examples if not (_alike(e) or _empty(e, tokenizer))]
+    left_out = len(examples) - len(kept)
+    limit = f"backbone.max_length={cfg.backbone.max_length}"
+    said = []
+    if left_out:
+        pairs = sum(map(_alike, examples))
+        said.append(
+            f"{key}: {left_out} of {len(examples)} rows say nothing as the model reads them at {limit} ({pairs} pairs whose answers are the "
+            f"same tokens, {left_out - pairs} answers without a token); they are left out"
+        )
+        lost = _taught(examples, cfg) - _taught(kept, cfg)
+        if 2 * left_out > len(examples) or lost:
+            raise UserError(
+                f"{said[0]}: {'no row is left for ' + ', '.join(sorted(lost)) if lost else 'these are most'}; raise backbone.max_length, "
+                "shorten the answers, or choose a backbone whose tokenizer reads them"
+            )
+    inputs = [i for e in kept for i in e.inputs]
+    cut = sum(i.cut > 0 or len(i.ids) >= cfg.backbone.max_length for i in inputs)
+    if cut:
+        said.append(f"{key}: {cut} of {len(inputs)} inputs fill {limit} or were cut to it, the prompt's left side first")
+    return kept, said
+
+
+def _alike(example: Example) -> bool:
+    return len(example.inputs) == 2 and example.inputs[0].ids == example.inputs[1].ids
+
+
+def _empty(example: Example, tokenizer: Any) -> bool:
+    """Whether no token is left of an answer: controls and blanks, which some tokenizers drop (letters and digits none)."""
+    row = example.row
+    texts = [row.response] if isinstance(row, LabelledRow) else [row.chosen, row.rejected]
+    rare = [text for text in texts if not any(map(str.isalnum, text))]
+    return not _alike(example) and any(not tokenizer(text, add_special_tokens=False)["input_ids"] for text in rare)
+
+
+def _taught(examples: list[Example], cfg: TrainRMConfig) -> set[str]:
+    """The objectives that have a label or a pair."""
+    return {name for k, name in enumerate(cfg.data.objectives) if any(e.head == k or e.mask[k] > 0 for e in examples)}
+
+
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 
@@ -249,10 +307,14 @@ def calibrations(names: list[str], half: list[Example], scores: list[np.ndarray]
     """Slope and offset [K] per head with labels; a head with pairs only keeps its relative scale."""
     slope, offset = np.ones(len(names)), np.zeros(len(names))
     for k in range(len(names)):
-        rows = [(s[0, k], float(e.labels[k])) for e, s in zip(half, scores, strict=True) if e.mask[k] > 0]
-        if rows:
+        if rows := labelled_scores(k, half, scores):
             slope[k], offset[k] = affine_fit(*np.array(rows).T)
     return slope, offset
+
+
+def labelled_scores(k: int, half: list[Example], scores: list[np.ndarray]) -> list[tuple[float, float]]:
+    """(raw score, label) of head k, of the rows that have its label."""
+    return [(s[0, k], float(e.labels[k])) for e, s in zip(half, scores, strict=True) if e.mask[k] > 0]
 
 
 def publish(
@@ -274,6 +336,10 @@ def publish(
     judged = [Judged(e.row, s * slope + offset, sum(len(i.ids) for i in e.inputs)) for e, s in zip(*judging, strict=True)]
     binary = [o.binary for o in cfg.data.objectives.values()]
     card = reward_model_card(names, binary, judged, cfg.train.bootstrap, cfg.seed)
+    for k, name in enumerate(names):
+        if (rows := labelled_scores(k, *half)) and collapsed(*np.array(rows).T):
+            card["objectives"][name]["collapsed"] = True
+            tracker.say(f"warning: head {name} is collapsed: {COLLAPSED_MEANS}")
     labelled = {name for e in half[0] + judging[0] if isinstance(e.row, LabelledRow) for name in e.row.labels}
     objectives = [
         {

@@ -23,6 +23,8 @@ from grpo_safe.tracking import truncate_metrics
 
 SHARD_BYTES = 4 * 2**30
 PUBLISHED = "published.txt"
+DATA = "data.json"
+Files = dict[str, list[dict[str, Any]]]  # split -> fingerprints of its sources
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,34 @@ def refuse_finished(run_dir: Path, step: int, steps: int) -> None:
         raise UserError(
             f"resume={run_dir}: the run is finished, published as {published.read_text().strip()}; to go on from there, type a larger train.steps"
         )
+
+
+def note_data(run_dir: Path, files: Files) -> None:
+    """Note what a run reads when it starts, so that it goes on with nothing else."""
+    (run_dir / DATA).write_text(json.dumps(files, indent=1) + "\n")
+
+
+def refuse_changed_data(run_dir: Path, files: Files) -> None:
+    """UserError naming the first source whose content is not the one that the run noted at its start; its name may have changed."""
+    if not (run_dir / DATA).is_file():  # the run is older than the note
+        return
+    noted: Files = json.loads((run_dir / DATA).read_text())
+    for split, now in files.items():
+        before = noted.get(split, [])
+        if not before or not now:  # a split that only one of the two reads, such as validation under train.eval_every
+            continue
+        changed = [new["source"] for old, new in zip(before, now, strict=False) if _content(old) != _content(new)]
+        if len(before) != len(now):
+            changed.append(f"{len(now)} sources in place of {len(before)}")
+        if changed:
+            raise UserError(
+                f"resume={run_dir}: data.{split}: {changed[0]} is not what the run began with; put the data back, or start a new run "
+                "on the other data"
+            )
+
+
+def _content(source: dict[str, Any]) -> Any:
+    return source.get("sha256") or source.get("fingerprint")
 
 
 def newest(run_dir: Path) -> Path | None:

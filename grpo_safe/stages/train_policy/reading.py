@@ -8,6 +8,7 @@ from typing import Any
 
 from grpo_safe import models
 from grpo_safe.config import TrainPolicyConfig
+from grpo_safe.data.leakage import unseen_prompts
 from grpo_safe.data.rows import load_answers, load_prompts
 from grpo_safe.data.text import encode_prompts
 from grpo_safe.errors import UserError
@@ -31,6 +32,8 @@ class Reading:
     kinds: dict[str, float]  # kind of prompt -> its share of the training prompts
     system_prompt: str | None  # the configured one, and what the method asks beside it
     notes: list[str]  # what was done to prompts that do not fit as they are
+    validation_fingerprints: list[dict[str, Any]]
+    leaked: str | None  # a sentence, where prompts of validation were left out as training has them too
 
 
 def read_prompts(
@@ -50,7 +53,13 @@ def read_prompts(
         prompts = answers.prompts
     else:
         prompts, fingerprints = load_prompts(cfg.data, "train", cfg.seed)
-    validation = load_prompts(cfg.data, "validation", cfg.seed)[0][: cfg.train.eval_prompts] if cfg.train.eval_every else []
+    validation: list[Prompt] = []
+    judging_files: list[dict[str, Any]] = []
+    leaked = None
+    if cfg.train.eval_every:
+        validation, judging_files = load_prompts(cfg.data, "validation", cfg.seed)
+        validation, leaked = unseen_prompts(prompts, validation, "data.validation")
+        validation = validation[: cfg.train.eval_prompts]
     system_prompt = cfg.policy.system_prompt
     if method.asks_confidence:
         system_prompt = asking(system_prompt, prompts + validation)
@@ -63,7 +72,7 @@ def read_prompts(
     kinds = kind_shares(cfg, method, train.prompts)
     notes = [f"data.{name}: {note}" for name, part in (("train", train), ("validation", held)) for note in part.notes]
     return Reading(
-        train.prompts, train.ids, held.prompts, held.ids, answers, fingerprints, kinds, system_prompt, notes
+        train.prompts, train.ids, held.prompts, held.ids, answers, fingerprints, kinds, system_prompt, notes, judging_files, leaked
     )  # fmt: skip
 
 

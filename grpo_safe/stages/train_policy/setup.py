@@ -26,7 +26,7 @@ from grpo_safe.runtime import Runtime, Trainable
 from grpo_safe.stages.train_policy.method import Method, build_method
 from grpo_safe.stages.train_policy.reading import Reading, read_prompts
 from grpo_safe.tracking import Tracker
-from grpo_safe.versions import checkpoint
+from grpo_safe.versions import checkpoint, resume
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,9 @@ def set_up(cfg: TrainPolicyConfig, run_dir: Path) -> Setup:
     start = models.pinned(start)
     check_engine(cfg.rollout, config, runtime.on_gpu(cfg.launch))
     read = read_prompts(cfg, method, objectives, start, tokenizer, config)
+    files = {"train": read.fingerprints, "validation": read.validation_fingerprints}
+    if cfg.resume:
+        resume.refuse_changed_data(run_dir, files)
     checkpoint.require_room(Path(cfg.store), 2 * models.weight_bytes(start) + 10**7, "a policy")
 
     rt = runtime.start(cfg.launch, cfg.optim.max_grad_norm, cfg.policy.dtype == "bfloat16")
@@ -81,17 +84,12 @@ def set_up(cfg: TrainPolicyConfig, run_dir: Path) -> Setup:
             f"train.prompts_per_step={cfg.train.prompts_per_step} does not divide by {rt.world_size} processes (launch.processes)"
         )
     tracker = Tracker(cfg.tracking, run_dir, asdict(cfg), rt.is_main)
-    for warning in warnings:
-        tracker.say(f"warning (reward_model_gate=warn): {warning}")
+    if rt.is_main and not cfg.resume:
+        resume.note_data(run_dir, files)
     too_big = memory_warning(
         cfg, rt, config, models.weight_bytes_of(found.path) / 1e9, max(map(len, read.prompt_ids)), method.uses_reference
     )
-    if too_big:
-        tracker.say(f"warning: {too_big}")
-    for note in read.notes:
-        tracker.say(note)
-    if read.given is not None:
-        tracker.say(f"rollout=dataset: {read.given.left_out} prompts with fewer than {cfg.algo.group_size} answers are left out")
+    say_warnings(cfg, tracker, warnings, too_big, read)
     torch.manual_seed(cfg.seed)  # the adapter's first weights are the same on every rank
     reward_model = open_reward_model(found, rt.device, cfg.reward_model_dtype)
     frozen = frozen_reference(cfg, rt, method, start)
@@ -121,6 +119,19 @@ def set_up(cfg: TrainPolicyConfig, run_dir: Path) -> Setup:
     return Setup(
         rt, tracker, start, tokenizer, trainable, forward, engine, frozen, moving, found, reward_model, objectives, method, config, extras, read,
     )  # fmt: skip
+
+
+def say_warnings(cfg: TrainPolicyConfig, tracker: Tracker, gate: list[str], too_big: str | None, read: Reading) -> None:
+    """What was found before the loop and does not stop it."""
+    for warning in gate:
+        tracker.say(f"warning (reward_model_gate=warn): {warning}")
+    for found in (read.leaked, too_big):
+        if found:
+            tracker.say(f"warning: {found}")
+    for note in read.notes:
+        tracker.say(note)
+    if read.given is not None:
+        tracker.say(f"rollout=dataset: {read.given.left_out} prompts with fewer than {cfg.algo.group_size} answers are left out")
 
 
 def reference_head(frozen: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
