@@ -185,8 +185,17 @@ def load_causal_lm(start: Start, dtype: str, attn_implementation: str = "sdpa") 
         from peft import PeftModel
 
         # merged in float32: in bfloat16 most of an adapter rounds away
-        model = PeftModel.from_pretrained(model.float(), str(start.adapter)).merge_and_unload().to(DTYPES[dtype])
+        model = cast_weights(
+            PeftModel.from_pretrained(cast_weights(model, "float32"), str(start.adapter)).merge_and_unload(), dtype
+        )
     return dropout_off(model).eval()
+
+
+def cast_weights(model: Any, dtype: str) -> Any:
+    """The model with its weights in `dtype`, and its buffers as they are: rounded to bfloat16, rotary frequencies would turn far tokens elsewhere."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(DTYPES[dtype])
+    return model
 
 
 def refuse_partial(name: str, report: dict[str, Any], new: str) -> None:

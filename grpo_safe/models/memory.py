@@ -189,7 +189,7 @@ def policy_memory(
     token_kv_repeated = 2 * shape.heads * shape.head_dim * weight_bytes  # masked attention repeats them to all heads
     return PolicyMemory(
         weights=whole * frozen_share * on_device / GB,
-        reference=shape.parameters * weight_bytes * frozen_share * on_device / GB if kl and not lora else 0.0,
+        reference=shape.parameters * (4 if single else weight_bytes) * frozen_share * on_device / GB if kl and not lora else 0.0,
         optimizer=trainable * state_bytes * trained_share * on_device / GB,
         reward_model=reward_model_gb,
         overhead=OVERHEAD_GB,
