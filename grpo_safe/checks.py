@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,9 @@ def validated(command: str, composed: DictConfig) -> DictConfig:
     missing = sorted(OmegaConf.missing_keys(cfg) | OmegaConf.missing_keys(composed))  # a ??? in a file hides the schema's default
     if missing:
         raise UserError(f"{command}: no value for {', '.join(missing)}; give each as KEY=VALUE")
+    for key, number in _floats(OmegaConf.to_container(cfg), ""):
+        if not math.isfinite(number):
+            raise UserError(f"{key}={number}: expected a finite number")
     for key, allowed in CHOICES:
         value = OmegaConf.select(cfg, key)
         if value is not None and value not in allowed:
@@ -81,7 +86,7 @@ def validated(command: str, composed: DictConfig) -> DictConfig:
             raise UserError(f"{key}={value}: expected a number above 0")
     for key in NOT_NEGATIVE:
         value = OmegaConf.select(cfg, key)
-        if value is not None and not value >= 0:  # nan too
+        if value is not None and not value >= 0:
             raise UserError(f"{key}={value}: expected 0 or more")
     _check_together(cfg)
     return cfg
@@ -101,6 +106,15 @@ def load_frozen(command: str, path: Path) -> DictConfig:
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path} holds no config; expected what a run has frozen there")
     return validated(command, loaded)
+
+
+def _floats(node: Any, key: str) -> Iterator[tuple[str, float]]:
+    """Every float below a node, the numbers of slots included, with its dotted key; an item of a list by its number from 0."""
+    if isinstance(node, float):
+        yield key, node
+    elif isinstance(node, dict | list):
+        for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _floats(value, f"{key}.{name}" if key else str(name))
 
 
 def _check_together(cfg: DictConfig) -> None:

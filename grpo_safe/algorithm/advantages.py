@@ -110,6 +110,11 @@ def running_clip(
     return shape.result(torch.where(g.count < 2, 0.0, g.centred), {"count": count, "mean": mean, "m2": m2})
 
 
+def group_spread(rewards: torch.Tensor, valid: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Unbiased std of each group [N / G] over its valid completions, 0 with fewer than two of these."""
+    return _groups(rewards, valid, group_size, 0.0).std[:, 0]
+
+
 def _groups(rewards: torch.Tensor, valid: torch.Tensor, group_size: int, tie_spread: float) -> _Groups:
     r = rewards.masked_fill(~valid, 0.0).view(-1, group_size)
     m = valid.view(-1, group_size).to(r.dtype)

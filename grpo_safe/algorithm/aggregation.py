@@ -31,7 +31,7 @@ def known_scores(values: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor
 
 def linear(values: torch.Tensor, valid: torch.Tensor, weights: torch.Tensor, state: State) -> Aggregated:
     """r = sum_k w_k s_k / sum_k |w_k| (arXiv 2503.21819)."""
-    return Aggregated(values @ weights / weights.abs().sum(), state)
+    return Aggregated(values @ weights / weights.abs().sum().clamp(min=1e-30), state)  # no weight, no reward
 
 
 def total(values: torch.Tensor, valid: torch.Tensor, weights: torch.Tensor, state: State) -> Aggregated:

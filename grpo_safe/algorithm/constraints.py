@@ -47,7 +47,7 @@ class Constrained:
 
 @dataclass(frozen=True)
 class _Dual:
-    """Dual ascent on log lambda: rate, where it starts and ends, steps before the first update, completions in the window."""
+    """Dual ascent on log lambda: rate, where it starts and ends, steps before the first update, completions in the window (a step's at least)."""
 
     rate: float
     initial: float
@@ -106,7 +106,7 @@ def _constrain(
     for limit, (log, past, variance) in zip(limits, before, strict=True):
         known = valid & scores[:, limit.objective].isfinite()
         costs = torch.where(known, limit.at_least - scores[:, limit.objective], 0.0)
-        recent = (past + costs[known].tolist())[-dual.window :]
+        recent = (past + costs[known].tolist())[-max(dual.window, int(known.sum())) :]  # a step counts whole
         mean, std = _mean_std(recent)
         kappa = kappa_of(limit, max(2, len(recent) // group_size))  # completions of one prompt are no independent sample
         if step >= dual.delay and recent:

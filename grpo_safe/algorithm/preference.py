@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from grpo_safe.algorithm.advantages import group_spread
 from grpo_safe.algorithm.losses import Denominators, Loss, Surrogate, k3, policy_gradient, token_mean
 from grpo_safe.records import PolicyOutputs, TrainBatch
 
@@ -24,31 +25,33 @@ class Arranged(NamedTuple):
     factors: torch.Tensor  # [rows]
 
 
-# --- arrangements: (rewards [n], valid [n], group_size) -> Arranged ------------------------------------------------------------------
+# --- arrangements: (rewards [n], valid [n], group_size, tie_spread) -> Arranged ------------------------------------------------------
 
 
-def pairs(rewards: torch.Tensor, valid: torch.Tensor, group_size: int) -> Arranged:
-    """Best and worst of each group, in that order; groups without a difference have factor 0.
+def pairs(rewards: torch.Tensor, valid: torch.Tensor, group_size: int, tie_spread: float = 0.0) -> Arranged:
+    """Best and worst of each group, in that order; groups without a difference, or with a std below tie_spread, have factor 0.
 
     Example: rewards [.2, .9, .5] of one group -> rows [1, 0]
     """
     first, high, low = _grouped(rewards, valid, group_size)
     best, worst = high.argmax(1), low.argmin(1)
     differs = (high.gather(1, best[:, None]) > low.gather(1, worst[:, None]))[:, 0]
+    differs &= group_spread(rewards, valid, group_size) >= tie_spread
     rows = torch.stack([first + best, first + worst], 1).reshape(-1)
     return Arranged(rows.tolist(), differs.float().repeat_interleave(2))
 
 
-def ranked(rewards: torch.Tensor, valid: torch.Tensor, group_size: int) -> Arranged:
-    """Each group from best to worst; what is not valid comes last, with factor 0."""
+def ranked(rewards: torch.Tensor, valid: torch.Tensor, group_size: int, tie_spread: float = 0.0) -> Arranged:
+    """Each group from best to worst; what is not valid comes last, with factor 0, as has all of a group whose std is below tie_spread."""
     first, high, _ = _grouped(rewards, valid, group_size)
+    tied = (group_spread(rewards, valid, group_size) < tie_spread).repeat_interleave(group_size)
     order = high.sort(dim=1, descending=True, stable=True).indices
     rows = (first[:, None] + order).reshape(-1)
-    return Arranged(rows.tolist(), valid[rows].float())
+    return Arranged(rows.tolist(), (valid & ~tied)[rows].float())
 
 
-def best(rewards: torch.Tensor, valid: torch.Tensor, group_size: int) -> Arranged:
-    """The best of each group; factor 0 where none is valid."""
+def best(rewards: torch.Tensor, valid: torch.Tensor, group_size: int, tie_spread: float = 0.0) -> Arranged:
+    """The best of each group; factor 0 where none is valid. Of a tied group any is the best: it is not pushed against the others."""
     first, high, _ = _grouped(rewards, valid, group_size)
     rows = first + high.argmax(1)
     return Arranged(rows.tolist(), valid[rows].float())

@@ -26,6 +26,7 @@ __all__ = [
     "Start",
     "adapter_off",
     "add_lora",
+    "cast_weights",
     "check_targets",
     "check_tokens",
     "checkpoint_activations",
@@ -186,7 +187,7 @@ def load_causal_lm(start: Start, dtype: str, attn_implementation: str = "sdpa") 
     """A whole causal LM for evaluation; a start with an adapter is merged in float32 and then cast."""
     if start.adapter is None:
         return _from_pretrained(start, DTYPES[dtype], attn_implementation)
-    return merged(_with_adapter(start, "float32", attn_implementation)).to(DTYPES[dtype])
+    return cast_weights(merged(_with_adapter(start, "float32", attn_implementation)), dtype)
 
 
 def _from_pretrained(start: Start, dtype: torch.dtype, attn_implementation: str) -> Any:
@@ -200,12 +201,19 @@ def _from_pretrained(start: Start, dtype: torch.dtype, attn_implementation: str)
     return model.eval()
 
 
+def cast_weights(model: Any, dtype: str) -> Any:
+    """The model with its weights in `dtype`, and its buffers as they are: rounded to bfloat16, rotary frequencies would turn far tokens elsewhere."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(DTYPES[dtype])
+    return model
+
+
 def _with_adapter(start: Start, dtype: str, attn_implementation: str = "sdpa") -> Any:
     """The base in `dtype` (rounded as it was in training) with its adapter, float32 and unmerged, beside it."""
     from peft import PeftModel
 
     assert start.adapter is not None
-    base = _from_pretrained(start, DTYPES[start.dtype or dtype], attn_implementation).to(DTYPES[dtype])
+    base = cast_weights(_from_pretrained(start, DTYPES[start.dtype or dtype], attn_implementation), dtype)
     return PeftModel.from_pretrained(base, start.adapter).eval()
 
 

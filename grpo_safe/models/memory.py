@@ -174,12 +174,13 @@ def policy_memory(
     adapter_bytes = 4 if single else weight_bytes
     adapter = lora_parameters(shape, lora_rank) if lora_rank is not None else 0
     trainable = adapter if lora else shape.parameters
-    trainable_bytes = adapter_bytes if lora else weight_bytes
+    own_bytes = weight_bytes if lora else adapter_bytes  # what trains is float32 on one process, and so is its reference
+    trainable_bytes = adapter_bytes
     state_bytes = 8 if single and trainable_bytes == 4 else 12
     frozen_share, trained_share = 1.0 / processes if zero3 else 1.0, 1.0 if single else 1.0 / processes
     on_device = 0.0 if offload else 1.0
 
-    whole = shape.parameters * weight_bytes + adapter * adapter_bytes
+    whole = shape.parameters * own_bytes + adapter * adapter_bytes
     tokens = max(micro_batch_tokens, prompt_tokens + new_tokens)  # a row that is longer than the budget stands alone
     row_tokens = rows_at_once * (prompt_tokens + new_tokens)
     token_activations = _token_activations(
@@ -189,7 +190,7 @@ def policy_memory(
     token_kv_repeated = 2 * shape.heads * shape.head_dim * weight_bytes  # masked attention repeats them to all heads
     return PolicyMemory(
         weights=whole * frozen_share * on_device / GB,
-        reference=shape.parameters * weight_bytes * frozen_share * on_device / GB if kl and not lora else 0.0,
+        reference=shape.parameters * own_bytes * frozen_share * on_device / GB if kl and not lora else 0.0,
         optimizer=trainable * state_bytes * trained_share * on_device / GB,
         reward_model=reward_model_gb,
         overhead=OVERHEAD_GB,

@@ -98,7 +98,7 @@ def averaged(choice: Choice, dtype: str, attn_implementation: str, trust_remote_
                 )
             mixed[name] += share * tensor
     model.load_state_dict(mixed)
-    return model.to(models.DTYPES[dtype])
+    return models.cast_weights(model, dtype)
 
 
 def _opened(start: str, attn_implementation: str, trust_remote_code: bool) -> Any:

@@ -61,6 +61,12 @@ def choose_objectives(
     ends = {n: o.weight_end for n, o in configured.items() if o.weight_end is not None}
     if not any(ends.get(n, w) for n, w in zip(names, weights, strict=True)):
         raise UserError("objectives: every weight ends at 0 (weight_end); leave at least one objective a weight at the last step")
+    meeting = _all_zero_at(weights, [ends.get(n, w) for n, w in zip(names, weights, strict=True)])
+    if meeting is not None:
+        raise UserError(
+            f"objectives: every weight is 0 at {meeting:.0%} of the run, where those that move (weight_end: {', '.join(sorted(ends))}) cross 0 together; "
+            "give one of them another weight_end, or another objective a weight"
+        )
     return Objectives(
         names,
         weights,
@@ -69,6 +75,15 @@ def choose_objectives(
         {name: o.weight_end for name, o in configured.items() if o.weight_end is not None},
         {name: o.limit for name, o in configured.items() if o.limit is not None},
     )
+
+
+def _all_zero_at(first: list[float], last: list[float]) -> float | None:
+    """The share of the run at which weights that move in a line from `first` to `last` are all 0; None where there is no such point."""
+    moved = [(a, b) for a, b in zip(first, last, strict=True) if a or b]
+    if any(a * b >= 0 for a, b in moved):
+        return None
+    crossings = [a / (a - b) for a, b in moved]
+    return crossings[0] if max(crossings) - min(crossings) < 1e-6 else None
 
 
 def score(

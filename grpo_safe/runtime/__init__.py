@@ -47,9 +47,14 @@ def prepare(
     return ShardedTrainable(runtime, module, through, optim)
 
 
-def freeze(rt: Runtime, model: nn.Module) -> nn.Module:
-    """A frozen model beside the policy: whole on each device, or under ZeRO-3 partitioned by an inference engine of its own."""
+def freeze(rt: Runtime, model: nn.Module, bfloat16: bool = False) -> nn.Module:
+    """A frozen model beside the policy: whole on each device, or under ZeRO-3 partitioned by an inference engine of its own.
+
+    bfloat16: of the policy's forward; on one process that computes under autocast, and so does this one.
+    """
     model.requires_grad_(False)
+    if bfloat16 and rt.strategy == "single":
+        model.forward = torch.autocast(rt.device.type, torch.bfloat16)(model.forward)
     if rt.strategy.startswith("zero3"):
         return inference_engine(rt, model)
     return model.to(rt.device).eval()

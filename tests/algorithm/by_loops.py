@@ -217,7 +217,7 @@ def constrained(
             known = [v and math.isfinite(row[objective]) for row, v in zip(scores, valid, strict=True)]
             costs = [at_least - row[objective] if ok else 0.0 for row, ok in zip(scores, known, strict=True)]
             seen += kept(costs, known)
-            recent = seen[-window:]
+            recent = seen[-max(window, sum(known)) :]
             mean, std = average(recent), spread(recent)
             kappa = 0.0
             if pessimism:

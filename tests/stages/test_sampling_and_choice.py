@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_sharded_statistics import Meeting, ThreadRuntime
 
+from grpo_safe.algorithm.aggregation import linear
 from grpo_safe.algorithm.constraints import Limit
 from grpo_safe.algorithm.order import derived_seed, rows_of_step
 from grpo_safe.config import AlgoConfig, LimitConfig, TrainPolicyConfig
@@ -104,7 +105,7 @@ def judged(patch, rt: Runtime, values: list[list[float]], mask: list[list[bool]]
         rt=rt, read=SimpleNamespace(validation=[Prompt(str(i), ()) for i in range(n)], validation_ids=[[1]] * n), tokenizer=None, reward_model=None,
         objectives=Objectives(["safety", "charm"], [1.0, 1.0], [0, None], [None, None]),
         trainable=SimpleNamespace(gathered=lambda: nullcontext()), engine=None,
-        method=SimpleNamespace(slots=SimpleNamespace(limits=[Limit(0, 0.5), Limit(1, 0.5, 0.9)]), spoken=list),
+        method=SimpleNamespace(slots=SimpleNamespace(limits=[Limit(0, 0.5), Limit(1, 0.5, 0.9)], aggregate=linear), spoken=list),
     )  # fmt: skip
     return finishing.validate(TrainPolicyConfig(), s)
 
@@ -140,6 +141,7 @@ def test_the_best_step_is_the_best_reward_among_those_that_hold(monkeypatch, tmp
             "validation/safety": safety,
             "validation/charm": charm,
             "validation/logged": logged,
+            "validation/reward": safety + 2 * charm,
             "validation/limit/safety/holds": holds,
         }
         best = finishing.keep_best(s, tmp_path, step, seen, best)

@@ -72,12 +72,15 @@ def run(cfg: TrainPolicyConfig, run_dir: Path) -> None:
         weights = s.objectives.weights_at(step, cfg.train.steps)
         rollout, scores, rounds = collect(cfg, s, step, weights, carried.method, watch)
         batch = train_batch(cfg, rt, rollout)
-        with watch("reference"):
-            add_fixed_logps(cfg, s, batch)
+        if s.method.loss.arrangement is None:
+            with watch("reference"):
+                add_fixed_logps(cfg, s, batch)
         found = compare_all(cfg, s, rollout, scores, batch, step, weights, carried.method)
         advantages = own_rows(rt, found.groups.advantages, len(batch))
         batch = arranged(cfg, s, rollout, batch, found)
         with watch("reference"):
+            if s.method.loss.arrangement is not None:  # of what is compared, not of whole groups
+                add_fixed_logps(cfg, s, batch)
             add_reference_hidden(cfg, s, batch)
         with watch("update"):
             update_sums, grad_norm, lr = update(cfg, s, batch, s.method.loss, step)

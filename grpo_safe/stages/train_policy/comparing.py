@@ -85,7 +85,8 @@ def arranged(cfg: TrainPolicyConfig, s: Setup, rollout: Rollout, batch: TrainBat
         )
     if loss.arrangement is None:
         return batch
-    chosen = loss.arrangement(rewards, valid, s.method.slots.group_size)
+    seen = valid & (batch.completion_mask > 0).any(1).cpu()  # half a pair that algo.truncated=mask left would train alone
+    chosen = loss.arrangement(rewards, seen, s.method.slots.group_size, s.method.slots.tie_spread)
     batch = batch.rows(torch.tensor(chosen.rows, device=device))
     batch.advantages = chosen.factors.to(device)
     return batch

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from grpo_safe import models
+from grpo_safe.algorithm.aggregation import known_scores
 from grpo_safe.algorithm.constraints import limit_bound
 from grpo_safe.config import TrainPolicyConfig
 from grpo_safe.errors import StageError
@@ -25,7 +26,7 @@ PROBE_TOKENS = 64  # at most so many tokens of each are compared
 
 
 def validate(cfg: TrainPolicyConfig, s: Setup) -> dict[str, float]:
-    """Mean score per objective of one completion per validation prompt, always with the same noise."""
+    """Mean score per objective of one completion per validation prompt, always with the same noise, and their mean reward."""
     mine = s.rt.share(list(range(len(s.read.validation))))
     with s.trainable.gathered() as policy:
         rollout = sample(
@@ -40,6 +41,7 @@ def validate(cfg: TrainPolicyConfig, s: Setup) -> dict[str, float]:
     values = s.rt.gather_rows(parts)
     columns = [column[column.isfinite()] for column in values.T]  # what could be scored
     found = {f"validation/{name}": float(column.mean()) for name, column in zip(s.objectives.names, columns, strict=True)}
+    found["validation/reward"] = validation_reward(s, values)
     for limit in s.method.slots.limits:
         name = s.objectives.names[limit.objective]
         mean, low = limit_bound(columns[limit.objective], limit.confidence or 0.95)
@@ -55,13 +57,22 @@ def keep_best(s: Setup, run_dir: Path, step: int, judged: dict[str, float], best
     """
     if not s.objectives.limits:
         return {}
-    weights = dict(zip(s.objectives.names, s.objectives.weights, strict=True))
-    reward = sum(w * judged[f"validation/{name}"] for name, w in weights.items() if w)
+    reward = judged["validation/reward"]
     holds = all(judged[f"validation/limit/{name}/holds"] for name in s.objectives.limits)
     if not holds or not math.isfinite(reward) or (best and reward <= best["reward"]):
         return best
     resume.save(run_dir / "best", step, s.trainable, s.rt, {}, keep=1, also=resume.best_steps(run_dir))
     return {"step": step, "reward": reward, "validation": judged}
+
+
+def validation_reward(s: Setup, scores: torch.Tensor) -> float:
+    """Mean over completions of what the run's aggregation makes of their scores [n, K], at the weights of the first step; nan where none knows them all.
+
+    An aggregation that learns as it goes starts from nothing here, so that all steps are judged alike; one that adds up normalized scores adds up scores.
+    """
+    weights = torch.tensor(s.objectives.weights)
+    values, valid = known_scores(scores, scores.isfinite(), weights)
+    return float(s.method.slots.aggregate(values, valid, weights, {}).rewards[valid].mean())
 
 
 def restore_best(s: Setup, run_dir: Path, best: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def set_up(cfg: TrainPolicyConfig, run_dir: Path) -> Setup:
     reward_model = open_reward_model(found, rt.device, cfg.reward_model_dtype)
     frozen = frozen_reference(cfg, rt, method, start)
     with runtime.partitioned_loading(rt) if start.adapter is None else nullcontext():  # an adapter is merged into whole weights
-        policy = models.load_policy(start, cfg.policy, master_weights=not cfg.policy.lora.enabled and rt.strategy == "single")
+        policy = models.load_policy(start, cfg.policy, master_weights=keeps_master_weights(cfg, rt))
     if cfg.train.packed and (obstacle := why_not_packed(policy)):
         tracker.say(f"train.packed: a row per completion in the update, as {obstacle}")
     if "ref_kl" in method.loss.needs and (obstacle := why_not_packed(policy)):
@@ -143,17 +143,21 @@ def reference_head(frozen: Any) -> tuple[torch.Tensor, torch.Tensor | None] | No
     return frozen.head.weight, frozen.head.bias
 
 
+def keeps_master_weights(cfg: TrainPolicyConfig, rt: Runtime) -> bool:
+    """Whether the policy's own weights are float32 whatever its dtype: all of them train, and no ZeRO keeps a float32 copy beside."""
+    return not cfg.policy.lora.enabled and rt.strategy == "single"
+
+
 def frozen_reference(cfg: TrainPolicyConfig, rt: Runtime, method: Method, start: models.Start) -> Any:
-    """A second model for the KL term, where one is needed: a soup, or the start of a full fine-tuning."""
+    """A second model for the KL term, where one is needed: a soup, or the start of a full fine-tuning. Its weights are of the policy's dtype."""
     if not method.uses_reference or method.reference.every or (cfg.policy.lora.enabled and not method.reference.soup):
         return None
+    dtype = "float32" if keeps_master_weights(cfg, rt) else cfg.policy.dtype
     if method.reference.soup:
-        whole = reference.averaged(
-            method.reference, cfg.policy.dtype, cfg.policy.attn_implementation, cfg.policy.trust_remote_code
-        )
+        whole = reference.averaged(method.reference, dtype, cfg.policy.attn_implementation, cfg.policy.trust_remote_code)
     else:
-        whole = models.load_causal_lm(start, cfg.policy.dtype, cfg.policy.attn_implementation)
-    return runtime.freeze(rt, policy_forward(without_dropout(whole), cfg.train.packed))
+        whole = models.load_causal_lm(start, dtype, cfg.policy.attn_implementation)
+    return runtime.freeze(rt, policy_forward(without_dropout(whole), cfg.train.packed), cfg.policy.dtype == "bfloat16")
 
 
 def memory_warning(
