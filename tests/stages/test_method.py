@@ -117,7 +117,9 @@ def own(monkeypatch) -> None:
         return torch.eye(group_size, dtype=rewards.dtype)[0].repeat(len(rewards) // group_size)
 
     def shift(advantages, scores, valid, group_size, limits, state, by=0.0):
-        return Constrained(advantages + by, [LimitReport(0.5, 0.4, True, 1.0, False)] * len(limits), {"step": state.get("step", 0) + 1})
+        return Constrained(
+            advantages + by, [LimitReport(0.5, 0.4, True, 1.0, False)] * len(limits), {"step": state.get("step", 0) + 1}
+        )
 
     def plain(scale=1.0):
         def surrogate(logps, old_logps, advantages, mask):
