@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ def validated(command: str, composed: DictConfig) -> DictConfig:
         value = OmegaConf.select(cfg, key)
         if value is not None and not value >= 0:  # nan too
             raise UserError(f"{key}={value}: expected 0 or more")
+    _check_names(cfg)
     _check_together(cfg)
     return cfg
 
@@ -100,6 +102,14 @@ def load_frozen(command: str, path: Path) -> DictConfig:
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path} holds no config; expected what a run has frozen there")
     return validated(command, loaded)
+
+
+def _check_names(cfg: DictConfig) -> None:
+    """An objective's name is part of config keys, metric names and table rows."""
+    for key in ("objectives", "data.objectives"):
+        for name in OmegaConf.select(cfg, key) or {}:
+            if not re.fullmatch(r"\w[\w-]*", str(name)):
+                raise UserError(f"{key}: {str(name)!r} is no name for an objective; expected letters, digits, _ and -")
 
 
 def _check_together(cfg: DictConfig) -> None:
