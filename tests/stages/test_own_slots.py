@@ -93,6 +93,10 @@ def rescales(values, valid, weights, state):
     return Aggregated(values @ weights, state)
 
 
+def by_weight(values, valid, weights, state):
+    return Aggregated((values / weights).sum(-1), state)
+
+
 def as_rewards(rewards, valid, confidence, state):
     return rewards
 
@@ -216,6 +220,13 @@ def test_what_is_fit_passes_and_leaves_the_random_numbers_as_they_were() -> None
     )
     assert torch.rand(1) == first
     assert method.slots.aggregate.func is harmonic  # the run calls it without the checks
+
+
+def test_the_last_weights_are_tried_too() -> None:
+    algo = AlgoConfig(aggregation=f"{HERE}.by_weight")
+    build_method(algo, Objectives(["a", "b"], [1.0, 3.0], [0, 1], [None, None]), {}, 8)
+    with pytest.raises(UserError, match=r"by_weight gave rewards numbers that are not finite"):
+        build_method(algo, Objectives(["a", "b"], [1.0, 3.0], [0, 1], [None, None], {"b": 0.0}), {}, 8)
 
 
 def test_a_stage_refuses_before_any_model_is_loaded(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

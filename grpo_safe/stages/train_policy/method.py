@@ -110,7 +110,7 @@ def build_method(algo: AlgoConfig, objectives: Objectives, scales: dict[str, str
         raise UserError(f"algo.reference={_name(algo.reference)}: nothing is measured against it; set algo.kl_coef above 0")
     reference = try_reference(_slot(algo.reference, REFERENCES, "algo.reference")[0], _shown(algo.reference))
     shown = {key: _shown(getattr(algo, key)) for key in ("aggregation", "calibration", "normalization", "constraint", "filter")}
-    try_slots(order, slots, objectives.weights_at(1, 1), shown)
+    try_slots(order, slots, [objectives.weights_at(step, 2) for step in (1, 2)], shown)
     reward_kl = None if loss.gae else _reward_kl(algo)
     compares = _name(algo.loss) in COMPARING_LOSSES
     return Method(order, slots, loss, reward_kl, uses_reference, reference, compares, asks, unstated if asks else list)

@@ -69,8 +69,8 @@ LOSS = (
 )
 
 
-def try_slots(order: Order, slots: Slots, weights: torch.Tensor, shown: dict[str, str]) -> None:
-    """Two steps of a method. weights [K] of the first step; shown: slot -> its function and numbers, as a message names them.
+def try_slots(order: Order, slots: Slots, ends: list[torch.Tensor], shown: dict[str, str]) -> None:
+    """A step of a method by each of the run's first and last weights, [K] each; shown: slot -> its function and numbers, as a message names them.
 
     Raises UserError naming the slot, what its function did and what was expected.
     """
@@ -84,7 +84,7 @@ def try_slots(order: Order, slots: Slots, weights: torch.Tensor, shown: dict[str
     )
     state: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]):  # a function that draws must not shift the run's own noise
-        for _ in range(2):
+        for weights in ends:
             found = compare(order, guarded, _made_up(slots.group_size, len(weights)), weights, state)
             state = json.loads(json.dumps(found.state))
 
