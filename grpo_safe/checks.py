@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ def validated(command: str, composed: DictConfig) -> DictConfig:
         value = OmegaConf.select(cfg, key)
         if value is not None and not value >= 0:
             raise UserError(f"{key}={value}: expected 0 or more")
+    _check_names(cfg)
     _check_together(cfg)
     return cfg
 
@@ -115,6 +117,14 @@ def _floats(node: Any, key: str) -> Iterator[tuple[str, float]]:
     elif isinstance(node, dict | list):
         for name, value in node.items() if isinstance(node, dict) else enumerate(node):
             yield from _floats(value, f"{key}.{name}" if key else str(name))
+
+
+def _check_names(cfg: DictConfig) -> None:
+    """An objective's name is part of config keys, metric names and table rows."""
+    for key in ("objectives", "data.objectives"):
+        for name in OmegaConf.select(cfg, key) or {}:
+            if not re.fullmatch(r"\w[\w-]*", str(name)):
+                raise UserError(f"{key}: {str(name)!r} is no name for an objective; expected letters, digits, _ and -")
 
 
 def _check_together(cfg: DictConfig) -> None:

@@ -29,9 +29,13 @@ class Tracker:
             import wandb
 
             quiet = wandb.Settings(disable_code=True, disable_git=True, x_disable_meta=True, console="off", host="", silent=True)
+            kept = run_dir / "wandb_id.txt"  # a resumed run goes on in the wandb run that it began
+            known = kept.read_text(encoding="utf-8").strip() if kept.is_file() else ""
+            name, place = str(run_config.get("name")), str(run_dir)
             self.wandb = wandb.init(
-                project=cfg.project, name=str(run_config.get("name")), dir=str(run_dir), config=run_config, settings=quiet
+                project=cfg.project, name=name, dir=place, config=run_config, settings=quiet, id=known or None, resume="allow"
             )
+            kept.write_text(f"{self.wandb.id}\n", encoding="utf-8")
 
     def start(self, total: int, done: int, what: str, unit: str = "step") -> None:
         """Open the progress bar: rate and time left."""

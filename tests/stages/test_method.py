@@ -11,7 +11,7 @@ import torch
 from grpo_safe.algorithm.advantages import GroupAdvantages
 from grpo_safe.algorithm.aggregation import Aggregated
 from grpo_safe.algorithm.comparison import StepScores, compare
-from grpo_safe.algorithm.constraints import Constrained
+from grpo_safe.algorithm.constraints import Constrained, LimitReport
 from grpo_safe.algorithm.losses import Denominators, Surrogate
 from grpo_safe.config import AlgoConfig, LimitConfig
 from grpo_safe.errors import UserError
@@ -117,7 +117,9 @@ def own(monkeypatch) -> None:
         return torch.eye(group_size, dtype=rewards.dtype)[0].repeat(len(rewards) // group_size)
 
     def shift(advantages, scores, valid, group_size, limits, state, by=0.0):
-        return Constrained(advantages + by, [], {"step": state.get("step", 0) + 1})
+        return Constrained(
+            advantages + by, [LimitReport(0.5, 0.4, True, 1.0, False)] * len(limits), {"step": state.get("step", 0) + 1}
+        )
 
     def plain(scale=1.0):
         def surrogate(logps, old_logps, advantages, mask):

@@ -6,7 +6,7 @@ What a combination cannot use is refused here, with the reason, before any model
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +31,7 @@ from grpo_safe.errors import UserError
 from grpo_safe.models.reference import REFERENCES, Choice
 from grpo_safe.rewards import Objectives
 from grpo_safe.rewards.confidence import unstated
+from grpo_safe.stages.train_policy.trying import called, try_loss, try_reference, try_slots
 
 COMPARING_LOSSES: dict[str, Callable[..., losses.Loss]] = {
     **PREFERENCE_LOSSES,
@@ -57,7 +58,7 @@ class Method:
 def build_method(algo: AlgoConfig, objectives: Objectives, scales: dict[str, str], max_tokens: int) -> Method:
     """The functions of a preset. scales: objective -> absolute | relative, of the reward model's heads.
 
-    Raises UserError for an unknown name or number, and for slots that do not go together.
+    Raises UserError for an unknown name or number, for slots that do not go together, and for a function that a made-up step shows to be unfit.
     """
     order = _named(algo.order, ORDERS, "algo.order")
     aggregation, name = _slot(algo.aggregation, AGGREGATIONS, "algo.aggregation", objectives.names)
@@ -107,7 +108,9 @@ def build_method(algo: AlgoConfig, objectives: Objectives, scales: dict[str, str
     uses_reference = algo.kl_coef > 0 or "reference" in loss.needs
     if not uses_reference and algo.reference != "start":
         raise UserError(f"algo.reference={_name(algo.reference)}: nothing is measured against it; set algo.kl_coef above 0")
-    reference = _slot(algo.reference, REFERENCES, "algo.reference")[0]()
+    reference = try_reference(_slot(algo.reference, REFERENCES, "algo.reference")[0], _shown(algo.reference))
+    shown = {key: _shown(getattr(algo, key)) for key in ("aggregation", "calibration", "normalization", "constraint", "filter")}
+    try_slots(order, slots, [objectives.weights_at(step, 2) for step in (1, 2)], shown)
     reward_kl = None if loss.gae else _reward_kl(algo)
     compares = _name(algo.loss) in COMPARING_LOSSES
     return Method(order, slots, loss, reward_kl, uses_reference, reference, compares, asks, unstated if asks else list)
@@ -135,15 +138,16 @@ def _loss(algo: AlgoConfig, max_tokens: int) -> losses.Loss:
     factory, name = _slot(algo.loss, surrogates | COMPARING_LOSSES, "algo.loss")
     if name in COMPARING_LOSSES:
         _check_preference(algo, name)
-        return factory()
+        return called(factory, (), f"algo.loss={_shown(algo.loss)}", "numbers of another kind")  # type: ignore[no-any-return]
     if name == "gspo" and algo.reduction != "sequence_mean":
         raise UserError(
             f"algo.loss=gspo with algo.reduction={algo.reduction}: its ratio belongs to the whole completion; choose algo.reduction=sequence_mean"
         )
     if name == "ppo":
-        return factory()
+        return called(factory, (), f"algo.loss={_shown(algo.loss)}", "numbers of another kind")  # type: ignore[no-any-return]
     kl_coef = algo.kl_coef if algo.kl_in == "loss" else 0.0
-    function = losses.policy_gradient(factory(), reduce, kl, kl_coef, algo.entropy_coef, algo.sampler_cap)
+    surrogate = try_loss(factory, _shown(algo.loss))
+    function = losses.policy_gradient(surrogate, reduce, kl, kl_coef, algo.entropy_coef, algo.sampler_cap)
     advantage_only = name in surrogates and not kl_coef and not algo.entropy_coef
     return losses.Loss(function, "kept" if algo.entropy_coef else "detached", advantage_only=advantage_only)
 
@@ -227,11 +231,13 @@ def _check_gate(gate: str, objectives: Objectives) -> None:
 
 def _slot(value: Any, table: dict[str, Any], key: str, names: list[str] | None = None) -> tuple[Callable[..., Any], str]:
     """The function of a slot with its numbers bound, and its name. `objective: NAME` becomes the objective's column."""
+    if isinstance(value, dict) and "name" not in value:
+        raise UserError(f"{key}={value}: no name; expected {{name: NAME, number: ...}}")
     name, numbers = _name(value), {k: v for k, v in value.items() if k != "name"} if isinstance(value, dict) else {}
     function = table.get(name) or (import_function(name, key) if "." in name else None)
     if function is None:
         raise UserError(f"{key}={name}: expected one of {', '.join(table)}, or the import path of a function")
-    parameters = inspect.signature(function).parameters
+    parameters = _parameters(function, f"{key}={name}")
     given = {p.name for f in table.values() for p in inspect.signature(f).parameters.values() if p.default is p.empty}
     given = given - {"objective"} | {"state"}  # what the run hands over itself
     for number in numbers:
@@ -240,11 +246,32 @@ def _slot(value: Any, table: dict[str, Any], key: str, names: list[str] | None =
                 p.name for p in parameters.values() if (p.default is not p.empty or p.name == "objective") and p.name not in given
             ]
             raise UserError(f"{key}.{number}: {name} has no such number; it has {', '.join(known) or 'none'}")
+        if _is_number(parameters[number].default) and not (numbers[number] is None or _is_number(numbers[number])):
+            raise UserError(
+                f"{key}.{number}={numbers[number]}: expected a number, as its default {parameters[number].default} is"
+            )
     if "objective" in parameters and names is not None:
         if numbers.get("objective") not in names:
             raise UserError(f"{key}.objective={numbers.get('objective')}: expected one of {', '.join(names)}")
         numbers["objective"] = names.index(numbers["objective"])
     return partial(function, **numbers), name
+
+
+def _parameters(function: Callable[..., Any], where: str) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError) as error:  # a builtin that tells no signature
+        raise UserError(f"{where}: its arguments cannot be told ({error}); expected a function written in Python") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    """A slot as a message shows it: the name, and the numbers that the config sets."""
+    numbers = {k: v for k, v in value.items() if k != "name"} if isinstance(value, dict) else {}
+    return _name(value) + "".join(f", {k}={v}" for k, v in numbers.items())
 
 
 def _name(value: Any) -> str:
