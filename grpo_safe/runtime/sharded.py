@@ -23,7 +23,9 @@ STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 
 def deepspeed_config(launch: LaunchConfig, max_grad_norm: float, bfloat16: bool) -> dict[str, Any]:
     """The DeepSpeed config of a launch strategy."""
-    stage = STAGES[launch.strategy]
+    # in bfloat16 zero1 runs DeepSpeed's stage 2: its stage 1 would add gradients up in bfloat16, or in float32 through an optimizer of its
+    # own that stops at a gradient of zero, takes one that is not finite, and keeps its state elsewhere
+    stage = max(2, STAGES[launch.strategy]) if bfloat16 else STAGES[launch.strategy]
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": launch.bucket_elements,
