@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -53,7 +53,7 @@ class PlainTrainable:
                 if parameter in self.optimizer.state:
                     yield f"{moment}/{name}", self.optimizer.state[parameter][moment].float().cpu()
 
-    def load_state(self, tensors: dict[str, torch.Tensor], steps_done: int) -> None:
+    def load_state(self, tensors: Mapping[str, torch.Tensor], steps_done: int) -> None:
         for name, parameter in self.named:
             parameter.data.copy_(tensors[f"weight/{name}"])
             moments = {m: tensors[f"{m}/{name}"].to(parameter) for m in ("exp_avg", "exp_avg_sq")}

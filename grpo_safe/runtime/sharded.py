@@ -7,7 +7,7 @@ and micro-batches. So its accumulation stands at 1, we set the boundary, and the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -147,7 +147,7 @@ class ShardedTrainable:
             for moment in ("exp_avg", "exp_avg_sq"):
                 yield f"{moment}/{name}", safe_get_full_optimizer_state(parameter, moment).float().cpu()
 
-    def load_state(self, tensors: dict[str, torch.Tensor], steps_done: int) -> None:
+    def load_state(self, tensors: Mapping[str, torch.Tensor], steps_done: int) -> None:
         zero = self.model.optimizer
         flats = zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat
         for flat in flats:  # DeepSpeed makes the moments at the first step; a resumed run needs them before
