@@ -49,9 +49,11 @@ class PlainTrainable:
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.named:
             yield f"weight/{name}", parameter.detach().float().cpu()
+            made = self.optimizer.state.get(
+                parameter, {}
+            )  # empty until the first update, which a gradient that is not finite puts off
             for moment in ("exp_avg", "exp_avg_sq"):
-                if parameter in self.optimizer.state:
-                    yield f"{moment}/{name}", self.optimizer.state[parameter][moment].float().cpu()
+                yield f"{moment}/{name}", made.get(moment, torch.zeros_like(parameter)).detach().float().cpu()
 
     def load_state(self, tensors: Mapping[str, torch.Tensor], steps_done: int) -> None:
         for name, parameter in self.named:

@@ -142,10 +142,15 @@ class ShardedTrainable:
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        made = any("exp_avg" in state for state in self.model.optimizer.optimizer.state.values())
         for name, parameter in self.named:
-            yield f"weight/{name}", safe_get_full_fp32_param(parameter).float().cpu()
+            weight = safe_get_full_fp32_param(parameter).float().cpu()
+            yield f"weight/{name}", weight
             for moment in ("exp_avg", "exp_avg_sq"):
-                yield f"{moment}/{name}", safe_get_full_optimizer_state(parameter, moment).float().cpu()
+                if made:
+                    yield f"{moment}/{name}", safe_get_full_optimizer_state(parameter, moment).float().cpu()
+                else:  # until the first update, which a gradient that is not finite puts off
+                    yield f"{moment}/{name}", torch.zeros_like(weight)
 
     def load_state(self, tensors: Mapping[str, torch.Tensor], steps_done: int) -> None:
         zero = self.model.optimizer
@@ -154,6 +159,7 @@ class ShardedTrainable:
             fresh = {moment: torch.zeros_like(flat.data) for moment in ("exp_avg", "exp_avg_sq")}
             zero.optimizer.state[flat] = {"step": restored_step(flat, steps_done), **fresh}
         if self.stage < 3:
+            zero._hp_optimizer_states_linked = False  # after a step the earlier moments are linked
             zero._lazy_init_hp_params_optimizer_state()
         put = _put_flat if self.stage < 3 else _put_partition
         for name, parameter in self.named:
