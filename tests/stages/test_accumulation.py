@@ -1,4 +1,4 @@
-"""In bfloat16 the gradients of many micro-batches are added in float32 under every ZeRO stage: a sum in bfloat16 loses about a percent."""
+"""In bfloat16 the gradients of many micro-batches are added in float32 under every ZeRO stage, or each addition would round."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def step_of(strategy: str, out: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
-def test_the_sum_of_64_micro_batches_is_exact_to_a_thousandth(strategy: str, tmp_path: Path) -> None:
+def test_the_sum_of_64_micro_batches_is_not_rounded(strategy: str, tmp_path: Path) -> None:
     out = tmp_path / "step.json"
     one = preloaded().Process(target=step_of, args=(strategy, str(out)))
     one.start()
@@ -65,8 +65,8 @@ def test_the_sum_of_64_micro_batches_is_exact_to_a_thousandth(strategy: str, tmp
     assert one.exitcode == 0
     norm, moved, moments = json.loads(out.read_text())
     wanted = norm_by_hand()
-    assert norm == pytest.approx(wanted, rel=1e-3)
-    assert moments == pytest.approx(0.1 * wanted, rel=1e-3)  # what Adam was handed: (1 - beta1) times the gradient
+    assert norm == pytest.approx(wanted, rel=1e-5)  # a sum in bfloat16 is off by 5e-4 here
+    assert moments == pytest.approx(0.1 * wanted, rel=1e-5)  # what Adam was handed: (1 - beta1) times the gradient
     assert moved == pytest.approx(1e-2, rel=0.01)  # and it took one step of lr
 
 
