@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -49,11 +49,13 @@ class PlainTrainable:
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.named:
             yield f"weight/{name}", parameter.detach().float().cpu()
+            made = self.optimizer.state.get(
+                parameter, {}
+            )  # empty until the first update, which a gradient that is not finite puts off
             for moment in ("exp_avg", "exp_avg_sq"):
-                if parameter in self.optimizer.state:
-                    yield f"{moment}/{name}", self.optimizer.state[parameter][moment].float().cpu()
+                yield f"{moment}/{name}", made.get(moment, torch.zeros_like(parameter)).detach().float().cpu()
 
-    def load_state(self, tensors: dict[str, torch.Tensor], steps_done: int) -> None:
+    def load_state(self, tensors: Mapping[str, torch.Tensor], steps_done: int) -> None:
         for name, parameter in self.named:
             parameter.data.copy_(tensors[f"weight/{name}"])
             moments = {m: tensors[f"{m}/{name}"].to(parameter) for m in ("exp_avg", "exp_avg_sq")}

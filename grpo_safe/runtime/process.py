@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -88,8 +88,8 @@ class Trainable(Protocol):
         """Trainable weights and Adam moments, fp32 on CPU, as (kind/name, whole tensor); every rank must iterate."""
         ...
 
-    def load_state(self, tensors: dict[str, torch.Tensor], steps_done: int) -> None:
-        """Put `state()` back, at any world size."""
+    def load_state(self, tensors: Mapping[str, torch.Tensor], steps_done: int) -> None:
+        """Put `state()` back, at any world size; a tensor may be read only when it is asked for, and is let go at once."""
         ...
 
 

@@ -7,7 +7,7 @@ and micro-batches. So its accumulation stands at 1, we set the boundary, and the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -23,7 +23,9 @@ STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
 
 def deepspeed_config(launch: LaunchConfig, max_grad_norm: float, bfloat16: bool) -> dict[str, Any]:
     """The DeepSpeed config of a launch strategy."""
-    stage = STAGES[launch.strategy]
+    # in bfloat16 zero1 runs DeepSpeed's stage 2: its stage 1 would add gradients up in bfloat16, or in float32 through an optimizer of its
+    # own that stops at a gradient of zero, takes one that is not finite, and keeps its state elsewhere
+    stage = max(2, STAGES[launch.strategy]) if bfloat16 else STAGES[launch.strategy]
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": launch.bucket_elements,
@@ -140,18 +142,24 @@ class ShardedTrainable:
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        made = any("exp_avg" in state for state in self.model.optimizer.optimizer.state.values())
         for name, parameter in self.named:
-            yield f"weight/{name}", safe_get_full_fp32_param(parameter).float().cpu()
+            weight = safe_get_full_fp32_param(parameter).float().cpu()
+            yield f"weight/{name}", weight
             for moment in ("exp_avg", "exp_avg_sq"):
-                yield f"{moment}/{name}", safe_get_full_optimizer_state(parameter, moment).float().cpu()
+                if made:
+                    yield f"{moment}/{name}", safe_get_full_optimizer_state(parameter, moment).float().cpu()
+                else:  # until the first update, which a gradient that is not finite puts off
+                    yield f"{moment}/{name}", torch.zeros_like(weight)
 
-    def load_state(self, tensors: dict[str, torch.Tensor], steps_done: int) -> None:
+    def load_state(self, tensors: Mapping[str, torch.Tensor], steps_done: int) -> None:
         zero = self.model.optimizer
         flats = zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat
         for flat in flats:  # DeepSpeed makes the moments at the first step; a resumed run needs them before
             fresh = {moment: torch.zeros_like(flat.data) for moment in ("exp_avg", "exp_avg_sq")}
             zero.optimizer.state[flat] = {"step": restored_step(flat, steps_done), **fresh}
         if self.stage < 3:
+            zero._hp_optimizer_states_linked = False  # after a step the earlier moments are linked
             zero._lazy_init_hp_params_optimizer_state()
         put = _put_flat if self.stage < 3 else _put_partition
         for name, parameter in self.named:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from grpo_safe.errors import StageError, UserError
 from grpo_safe.runtime import Runtime, Trainable
@@ -34,6 +35,29 @@ class Resumed:
     step: int
     record: dict[str, Any]
     beside: dict[str, torch.Tensor]  # tensors that a stage keeps besides the model's
+
+
+class Stored(Mapping[str, torch.Tensor]):
+    """The tensors of a state, read from its shards one at a time as they are asked for: no rank holds the whole state."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index: dict[str, str] = json.loads((folder / "index.json").read_text())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """A tensor of its own, float32 on the CPU; UserError where the state has none of that name."""
+        if name not in self.index:
+            raise UserError(
+                f"{self.folder}: no {name} in this resume state; it is of a model with other trainable weights: resume with the config of its run"
+            )
+        with safe_open(self.folder / self.index[name], framework="pt") as shard:
+            return shard.get_tensor(name).clone()  # what is read may be a view of the file, which goes when the state is old
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.index)
+
+    def __len__(self) -> int:
+        return len(self.index)
 
 
 def save(
@@ -87,11 +111,8 @@ def load(run_dir: Path, trainable: Trainable, step: int | None = None) -> Resume
             f"resume={run_dir}: no resume state in {run_dir / 'state'}; the run wrote none (train.save_every), start it anew"
         )
     entry = json.loads((folder / "state.json").read_text())
-    index = json.loads((folder / "index.json").read_text())
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in sorted(set(index.values())):
-        tensors |= load_file(folder / shard)
-    beside = {name.removeprefix("beside/"): tensors.pop(name) for name in list(tensors) if name.startswith("beside/")}
+    tensors = Stored(folder)
+    beside = {name.removeprefix("beside/"): tensors[name] for name in tensors if name.startswith("beside/")}
     trainable.load_state(tensors, entry["optimizer_steps"])
     return Resumed(entry["step"], entry["record"], beside)
 
