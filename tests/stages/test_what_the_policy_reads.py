@@ -123,7 +123,9 @@ def test_prompts_that_are_too_long_are_left_out_or_cut(
 ) -> None:
     short = ["Hi", "Name a colour.", "Boil an egg?", "Why?"]
     words = ("sampling.max_prompt_tokens=64", f"data.overlong={overlong}", *data(tmp_path / "rows.jsonl", *short, LONG))
-    words += (f"data.heldout={tmp_path / 'rows.jsonl'}",)
+    heldout = tmp_path / "heldout.jsonl"
+    data(heldout, *(f"{prompt} And then?" for prompt in (*short, LONG)))
+    words += (f"data.heldout={heldout}",)
     capsys.readouterr()
     run_dir = train(tmp_path, store, "train.prompts_per_step=5" if overlong == "cut" else "train.prompts_per_step=4", *words)
     assert len(read_metrics(run_dir)) == 1
