@@ -75,19 +75,27 @@ def store(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def by_one(go: Callable[..., None], store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
-    """Metrics of one process in float32, which a cell is held against; each is run once."""
-    known: dict[tuple[str, str], list[dict[str, Any]]] = {}
+def by_one(go: Callable[..., None], store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """The run directory of one process in float32, which a cell is held against; each is run once."""
+    known: dict[tuple[str, str], Path] = {}
 
-    def metrics(stage: str, weights: str) -> list[dict[str, Any]]:
+    def ran(stage: str, weights: str) -> Path:
         if (stage, weights) not in known:
             run_dir = tmp_path_factory.mktemp("one")
             module, words = MODULES[stage], (*words_of(stage, "float32", weights),)
             go(module, frozen(stage, run_dir, run_dir / "store" if stage == "train-rm" else store, "single", *words), "single")
-            known[stage, weights] = read_metrics(run_dir)
+            known[stage, weights] = run_dir
         return known[stage, weights]
 
-    return metrics
+    return ran
+
+
+def after_first_step(run_dir: Path) -> dict[str, torch.Tensor]:
+    """The weights that train, after the first update."""
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in (run_dir / "state" / "step-000001").glob("*.safetensors"):
+        tensors |= load_file(shard)
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("weight/")}
 
 
 MODULES = {"train-rm": "train_rm", "train-policy": "train_policy"}
@@ -119,7 +127,7 @@ def test_a_reward_model(
     """It fits as one process in float32 does, publishes finite weights; a run cut off before its card comes to the same card."""
     run_dir = frozen(stage, tmp_path / "run", tmp_path / "store", strategy, *words_of(stage, dtype, weights))
     go("train_rm", run_dir, strategy)
-    close_to(read_metrics(run_dir), by_one(stage, weights), rel=1e-3 if dtype == "float32" else 0.05)
+    close_to(read_metrics(run_dir), read_metrics(by_one(stage, weights)), rel=1e-3 if dtype == "float32" else 0.05)
     go("train_rm", resumed(run_dir), strategy)
     first, again = (checkpoint.open_version(tmp_path / "store", "reward-model", v) for v in ("v1", "v2"))
     assert again.manifest["metrics"]["objectives"] == first.manifest["metrics"]["objectives"]
@@ -140,7 +148,12 @@ def test_a_policy(
     assert all(math.isfinite(row[key]) for row in rows for key in ("loss", "grad_norm", "kl"))
     assert rows[0]["grad_norm"] > 0
     if dtype == "float32":  # in bfloat16, and after an update summed in another order, another token may be drawn
-        close_to(rows[:1], by_one(stage, weights)[:1], rel=1e-3)
+        one = by_one(stage, weights)
+        close_to(rows[:1], read_metrics(one)[:1], rel=1e-3)
+        mine, theirs = after_first_step(run_dir), after_first_step(one)
+        assert mine and mine.keys() == theirs.keys()
+        for name, weight in mine.items():
+            assert (weight - theirs[name]).abs().max() < 1e-5, name  # a step is 1e-3
     published = [(run_dir / "published.txt").read_text().strip()]
     shutil.rmtree(run_dir / "state" / "step-000002")
     go("train_policy", resumed(run_dir), strategy)
